@@ -1,0 +1,113 @@
+# wasmatrix: `make help` lists what there is.
+SHELL := /bin/bash
+GO ?= go
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+LDFLAGS := -s -w -X github.com/wasmatrix/wasmatrix/cmd/wasmatrix/cli.Version=$(VERSION)
+BIN := build/wasmatrix
+GUESTS := build/guests/hello.wasm build/guests/wordcount.wasm
+GUEST_SOURCES := $(shell find guest/go -name '*.go' -not -name '*_test.go' 2>/dev/null) guest/go/go.mod
+TOOLS := build/tools
+BUF := $(TOOLS)/buf
+GOLANGCI := $(TOOLS)/golangci-lint
+VALIDATE_PROTO := build/proto-deps/buf/validate/validate.proto
+# The version of the API that wire compatibility is checked against.
+BREAKING_AGAINST ?= .git#branch=main
+export CGO_ENABLED ?= 0
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: demo
+demo: build guests ## three nodes as real processes, a guest, a killed leader: see it work
+	$(GO) run ./test/demo -binary $(BIN) -guests build/guests
+
+.PHONY: build
+build: ## build the binary into build/wasmatrix
+	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN) ./cmd/wasmatrix
+
+.PHONY: guests
+guests: $(GUESTS) ## build the example guests into build/guests
+
+build/guests/hello.wasm: $(GUEST_SOURCES)
+	@mkdir -p $(@D)
+	cd guest/go && GOOS=wasip1 GOARCH=wasm $(GO) build -trimpath -ldflags '-s -w' -buildmode=c-shared -o ../../$@ ./examples/hello
+
+build/guests/wordcount.wasm: $(GUEST_SOURCES)
+	@mkdir -p $(@D)
+	cd guest/go && GOOS=wasip1 GOARCH=wasm $(GO) build -trimpath -ldflags '-s -w' -o ../../$@ ./examples/wordcount
+
+.PHONY: test
+test: ## everything: set-up, lint, generated code, unit tests with -race, end-to-end tests
+	scripts/test.sh
+
+.PHONY: check
+check: build guests ## the fast lane: vet, unit tests without -race
+	$(GO) vet ./...
+	$(GO) test -short ./...
+
+.PHONY: race
+race: guests ## unit tests with the race detector
+	CGO_ENABLED=1 $(GO) test -race -timeout 20m ./...
+
+.PHONY: e2e
+e2e: build guests ## end-to-end tests on real processes
+	WASMATRIX_BINARY=$(CURDIR)/$(BIN) WASMATRIX_GUESTS=$(CURDIR)/build/guests $(GO) test -count=1 -timeout 30m ./test/...
+
+.PHONY: lint
+lint: $(GOLANGCI) ## golangci-lint, import walls, buf lint
+	$(GOLANGCI) run ./...
+	$(MAKE) --no-print-directory $(BUF) $(VALIDATE_PROTO)
+	$(BUF) lint
+
+.PHONY: fmt
+fmt: $(GOLANGCI) ## format the Go code
+	$(GOLANGCI) fmt ./...
+
+.PHONY: proto
+proto: $(BUF) $(VALIDATE_PROTO) ## generate Go code and docs/api.md from the .proto files
+	$(BUF) lint
+	$(BUF) generate
+	$(GO) run ./scripts/apidoc -out docs/api.md
+
+.PHONY: proto-check
+proto-check: proto ## fail when generated code is stale or the API breaks compatibility
+	@git diff --exit-code --stat -- proto docs/api.md || { echo "generated files are stale: run 'make proto' and commit"; exit 1; }
+	@if git rev-parse -q --verify HEAD~1 >/dev/null; then $(BUF) breaking proto --against '.git#ref=HEAD~1,subdir=proto' ; fi
+
+.PHONY: bench
+bench: build guests ## the figures of docs/benchmarks.md
+	scripts/bench.sh
+
+.PHONY: fuzz
+FUZZTIME ?= 20s
+fuzz: ## run every fuzz target for FUZZTIME
+	scripts/fuzz.sh $(FUZZTIME)
+
+.PHONY: cover
+cover: guests ## unit test coverage into build/cover.html
+	$(GO) test -coverprofile=build/cover.out ./... && $(GO) tool cover -html=build/cover.out -o build/cover.html
+
+.PHONY: cross
+cross: ## build for the other platforms
+	GOOS=linux GOARCH=arm64 $(GO) build -o /dev/null ./cmd/wasmatrix
+	GOOS=darwin GOARCH=arm64 $(GO) build -o /dev/null ./cmd/wasmatrix
+
+.PHONY: clean
+clean: ## remove everything that was built
+	rm -rf build
+
+$(BUF): tools/buf/go.mod tools/protoc-gen/go.mod
+	@mkdir -p $(TOOLS)
+	$(GO) build -modfile=tools/protoc-gen/go.mod -o $(TOOLS)/ google.golang.org/protobuf/cmd/protoc-gen-go google.golang.org/grpc/cmd/protoc-gen-go-grpc
+	$(GO) build -modfile=tools/buf/go.mod -o $(TOOLS)/ github.com/bufbuild/buf/cmd/buf
+
+$(GOLANGCI): tools/golangci-lint/go.mod
+	@mkdir -p $(TOOLS)
+	$(GO) build -modfile=tools/golangci-lint/go.mod -o $(TOOLS)/ github.com/golangci/golangci-lint/v2/cmd/golangci-lint
+
+# The rules of protovalidate come from its Go module at a pinned version.
+$(VALIDATE_PROTO):
+	@mkdir -p $(@D)
+	cp -f "$$($(GO) mod download -json github.com/bufbuild/protovalidate@v1.2.2 | sed -n 's/.*"Dir": "\(.*\)".*/\1/p')/proto/protovalidate/buf/validate/validate.proto" $@
+	chmod u+w $@

@@ -1,0 +1,58 @@
+package provider
+
+import (
+	"context"
+
+	"github.com/wasmatrix/wasmatrix/permission"
+)
+
+// Call is one capability call as a provider gets it: authenticated and authorised.
+type Call struct {
+	// Instance is the calling instance's id; empty for a user's call.
+	Instance string
+	// Name is the calling workload's name, or the user's name.
+	Name string
+	// Generation is that of the instance's placement; 0 for a user's call.
+	Generation uint64
+	// Bucket is the key-value bucket to work on, from the assignment.
+	Bucket string
+	// Operation is the imported function's name: "get".
+	Operation string
+	// Payload is the encoded request message; valid only during the call.
+	Payload []byte
+}
+
+// Provider serves the calls of one capability. It is safe for concurrent use.
+type Provider interface {
+	// Invoke serves one call and returns the encoded response message. Its
+	// errors wrap the sentinels of this package.
+	Invoke(ctx context.Context, call Call) ([]byte, error)
+	// Close waits for calls under way, frees everything, and makes later calls
+	// fail with ErrUnavailable.
+	Close() error
+}
+
+// Config is what a provider is opened with.
+type Config struct {
+	// ID is the provider's id.
+	ID string
+	// Driver names the driver; empty means the kind's default.
+	Driver string
+	// Settings are the driver's settings; an unknown one is an error.
+	Settings map[string]string
+	// Dir is a directory of the provider's own on the node's disk; it may not exist yet.
+	Dir string
+}
+
+// Kind knows one type of provider without running one.
+type Kind interface {
+	// Type is the provider type and the capability's name: "kv".
+	Type() string
+	// Target returns the provider id that the request names, or "" for the only one granted.
+	Target(operation string, payload []byte) (string, error)
+	// Need checks that the request is well-formed and returns the permission it
+	// needs. It fails with ErrInvalid.
+	Need(operation string, payload []byte) (permission.Need, error)
+	// Open opens a provider. Its errors say which setting is wrong and how to mend it.
+	Open(ctx context.Context, cfg Config) (Provider, error)
+}
