@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 GO ?= go
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
-LDFLAGS := -s -w -X github.com/wasmatrix/wasmatrix/cmd/wasmatrix/cli.Version=$(VERSION)
+LDFLAGS := -s -w -X github.com/wasmatrix/wasmatrix/cmd/wasmatrix/node.Version=$(VERSION)
 BIN := build/wasmatrix
 GUESTS := build/guests/hello.wasm build/guests/wordcount.wasm
 GUEST_SOURCES := $(shell find guest/go -name '*.go' -not -name '*_test.go' 2>/dev/null) guest/go/go.mod
@@ -68,7 +68,8 @@ fmt: $(GOLANGCI) ## format the Go code
 proto: $(BUF) $(VALIDATE_PROTO) ## generate Go code and docs/api.md from the .proto files
 	$(BUF) lint
 	$(BUF) generate
-	$(GO) run ./scripts/apidoc -out docs/api.md
+	$(BUF) build -o build/api.binpb --as-file-descriptor-set
+	$(GO) run ./scripts/apidoc -in build/api.binpb -out docs/api.md
 
 .PHONY: proto-check
 proto-check: proto ## fail when generated code is stale or the API breaks compatibility

@@ -24,8 +24,8 @@ type Call struct {
 
 // Provider serves the calls of one capability. It is safe for concurrent use.
 type Provider interface {
-	// Invoke serves one call and returns the encoded response message. Its
-	// errors wrap the sentinels of this package.
+	// Invoke serves one call and returns the encoded response message, which
+	// belongs to the caller. Its errors wrap the sentinels of this package.
 	Invoke(ctx context.Context, call Call) ([]byte, error)
 	// Close waits for calls under way, frees everything, and makes later calls
 	// fail with ErrUnavailable.
@@ -46,13 +46,22 @@ type Config struct {
 
 // Kind knows one type of provider without running one.
 type Kind interface {
-	// Type is the provider type and the capability's name: "kv".
+	// Type is the capability's name, and but for "provider", which providers of
+	// type "external" serve, the provider type too: "kv".
 	Type() string
 	// Target returns the provider id that the request names, or "" for the only one granted.
 	Target(operation string, payload []byte) (string, error)
 	// Need checks that the request is well-formed and returns the permission it
 	// needs. It fails with ErrInvalid.
 	Need(operation string, payload []byte) (permission.Need, error)
-	// Open opens a provider. Its errors say which setting is wrong and how to mend it.
+	// Open opens a provider; its Close ends what Open started. Its errors say
+	// which setting is wrong and how to mend it.
 	Open(ctx context.Context, cfg Config) (Provider, error)
+}
+
+// Repeatable is an optional ability of a Kind: to tell which operations may be
+// carried out twice with the same effect as once, so that one whose answer was
+// lost can be sent again. Without it none are.
+type Repeatable interface {
+	Repeatable(operation string) bool
 }

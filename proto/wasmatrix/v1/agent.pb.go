@@ -726,7 +726,9 @@ type WatchAssignmentsResponse struct {
 	// The changes.
 	Changes []*AssignmentChange `protobuf:"bytes,4,rep,name=changes,proto3" json:"changes,omitempty"`
 	// The Raft index this message reflects.
-	Index         uint64 `protobuf:"varint,5,opt,name=index,proto3" json:"index,omitempty"`
+	Index uint64 `protobuf:"varint,5,opt,name=index,proto3" json:"index,omitempty"`
+	// True only with complete: the full set is too large for one message and goes on in the next, which is complete too; together they replace everything known once the last one, with more unset, is here.
+	More          bool `protobuf:"varint,6,opt,name=more,proto3" json:"more,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -794,6 +796,13 @@ func (x *WatchAssignmentsResponse) GetIndex() uint64 {
 		return x.Index
 	}
 	return 0
+}
+
+func (x *WatchAssignmentsResponse) GetMore() bool {
+	if x != nil {
+		return x.More
+	}
+	return false
 }
 
 // InstanceReport is what an agent observed of one instance.
@@ -1462,7 +1471,7 @@ const file_wasmatrix_v1_agent_proto_rawDesc = "" +
 	"\tplacement\x18\x03 \x01(\v2\x17.wasmatrix.v1.PlacementR\tplacement\"K\n" +
 	"\vNodeAddress\x12\x17\n" +
 	"\anode_id\x18\x01 \x01(\tR\x06nodeId\x12#\n" +
-	"\ragent_address\x18\x02 \x01(\tR\fagentAddress\"\xc4\x01\n" +
+	"\ragent_address\x18\x02 \x01(\tR\fagentAddress\"\xd8\x01\n" +
 	"\x18WatchAssignmentsResponse\x12\x1a\n" +
 	"\bcomplete\x18\x01 \x01(\bR\bcomplete\x12\x1d\n" +
 	"\n" +
@@ -1470,7 +1479,8 @@ const file_wasmatrix_v1_agent_proto_rawDesc = "" +
 	"\n" +
 	"results_in\x18\x03 \x01(\x04R\tresultsIn\x128\n" +
 	"\achanges\x18\x04 \x03(\v2\x1e.wasmatrix.v1.AssignmentChangeR\achanges\x12\x14\n" +
-	"\x05index\x18\x05 \x01(\x04R\x05index\"x\n" +
+	"\x05index\x18\x05 \x01(\x04R\x05index\x12\x12\n" +
+	"\x04more\x18\x06 \x01(\bR\x04more\"x\n" +
 	"\x0eInstanceReport\x12(\n" +
 	"\vinstance_id\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\n" +
 	"instanceId\x12<\n" +

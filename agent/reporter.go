@@ -1,0 +1,148 @@
+package agent
+
+import (
+	"context"
+	"sync"
+	"time"
+
+	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
+)
+
+const (
+	// maxReports is the most of each kind in one ReportStatusRequest, so that it
+	// stays within the limit of a message even when all carry a long reason.
+	maxReports = 4000
+	// reportTimeout bounds one ReportStatus; it answers when it is committed.
+	reportTimeout = 10 * time.Second
+)
+
+// reporter collects what was observed until it is committed in the registry. An
+// idle path sends at once; what is observed while a batch is under way goes with
+// the next one, the latest for each instance and provider.
+type reporter struct {
+	sent func(err error)
+
+	mu        sync.Mutex
+	instances map[string]*pb.InstanceStatus
+	providers map[string]*pb.ProviderStatus
+	sending   bool
+	wake      chan struct{}
+	settled   chan struct{} // closed and replaced after each batch
+}
+
+func newReporter(sent func(error)) *reporter {
+	return &reporter{
+		sent:      sent,
+		instances: map[string]*pb.InstanceStatus{}, providers: map[string]*pb.ProviderStatus{},
+		wake: make(chan struct{}, 1), settled: make(chan struct{}),
+	}
+}
+
+// instance takes an observation of an instance; it replaces an older one that
+// has not been sent. st is not modified afterwards.
+func (r *reporter) instance(id string, st *pb.InstanceStatus) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.instances[id] = st
+	r.poke()
+}
+
+// provider takes an observation of a provider.
+func (r *reporter) provider(id string, st *pb.ProviderStatus) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.providers[id] = st
+	r.poke()
+}
+
+func (r *reporter) poke() {
+	poke(r.wake)
+}
+
+// run sends batches through one session until that breaks or ctx ends. A batch
+// that was not acknowledged is kept for the next session.
+func (r *reporter) run(ctx context.Context, client pb.AgentSessionServiceClient, node string, epoch uint64) error {
+	for {
+		req := r.take(node, epoch)
+		if req == nil {
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-r.wake:
+			}
+			continue
+		}
+		bounded, cancel := context.WithTimeout(ctx, reportTimeout)
+		_, err := client.ReportStatus(bounded, req)
+		cancel()
+		r.done(req, err)
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// take returns the next batch, nil when there is nothing to send.
+func (r *reporter) take(node string, epoch uint64) *pb.ReportStatusRequest {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if len(r.instances) == 0 && len(r.providers) == 0 {
+		return nil
+	}
+	req := &pb.ReportStatusRequest{NodeId: node, Epoch: epoch}
+	for id, st := range r.instances {
+		if len(req.Instances) == maxReports {
+			break
+		}
+		req.Instances = append(req.Instances, &pb.InstanceReport{InstanceId: id, Status: st})
+		delete(r.instances, id)
+	}
+	for id, st := range r.providers {
+		if len(req.Providers) == maxReports {
+			break
+		}
+		req.Providers = append(req.Providers, &pb.ProviderReport{ProviderId: id, Status: st})
+		delete(r.providers, id)
+	}
+	r.sending = true
+	return req
+}
+
+// done takes back what was not acknowledged, unless something newer is known.
+func (r *reporter) done(req *pb.ReportStatusRequest, err error) {
+	r.sent(err)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if err != nil {
+		for _, i := range req.GetInstances() {
+			if _, newer := r.instances[i.GetInstanceId()]; !newer {
+				r.instances[i.GetInstanceId()] = i.GetStatus()
+			}
+		}
+		for _, p := range req.GetProviders() {
+			if _, newer := r.providers[p.GetProviderId()]; !newer {
+				r.providers[p.GetProviderId()] = p.GetStatus()
+			}
+		}
+	}
+	r.sending = false
+	close(r.settled)
+	r.settled = make(chan struct{})
+}
+
+// flush waits until all is acknowledged or ctx ends.
+func (r *reporter) flush(ctx context.Context) error {
+	for {
+		r.mu.Lock()
+		idle, settled := !r.sending && len(r.instances) == 0 && len(r.providers) == 0, r.settled
+		r.mu.Unlock()
+		if idle {
+			return nil
+		}
+		select {
+		case <-settled:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}

@@ -1,0 +1,124 @@
+package control
+
+import (
+	"context"
+	"crypto/sha256"
+	"fmt"
+	"math/rand/v2"
+
+	"google.golang.org/protobuf/proto"
+
+	"github.com/wasmatrix/wasmatrix/apierror"
+	"github.com/wasmatrix/wasmatrix/correlation"
+	"github.com/wasmatrix/wasmatrix/fsm"
+	"github.com/wasmatrix/wasmatrix/identity"
+	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
+)
+
+// idAlphabet has no vowels, so that ids spell nothing, and nothing that is
+// mistaken for something else when read aloud or typed.
+const idAlphabet = "bcdfghjkmnpqrstvwxz23456789"
+
+// suffixLength is the length of the random end of an instance id.
+const suffixLength = 5
+
+// mintAttempts bounds the search for free ids; one attempt in a thousand meets a taken one
+// when a workload has ten thousand instances.
+const mintAttempts = 100
+
+// write is a client's request that changes the state.
+type write interface {
+	proto.Message
+	GetRequestId() string
+}
+
+// latest returns a state that holds everything that was acknowledged before now.
+func (h *handlers) latest(ctx context.Context) (fsm.View, error) { return h.Viewer.View(ctx, nil) }
+
+// local returns what this peer has, without asking anyone.
+func (h *handlers) local(ctx context.Context) (fsm.View, error) {
+	return h.Viewer.View(ctx, &pb.ReadOptions{Stale: true})
+}
+
+// propose commits what req asks for and returns the result and a state that
+// holds it. req's id and digest make a repetition harmless.
+func (h *handlers) propose(ctx context.Context, req write, cmd *pb.Command) (*pb.CommandResult, fsm.View, error) {
+	digest, err := requestDigest(req)
+	if err != nil {
+		return nil, fsm.View{}, err
+	}
+	cmd.RequestId, cmd.RequestDigest = req.GetRequestId(), digest
+	cmd.CorrelationId = correlation.ID(ctx)
+	if caller, ok := identity.Caller(ctx); ok {
+		cmd.Actor = caller.String()
+	}
+	res, err := h.Proposer.Propose(ctx, cmd)
+	if err != nil {
+		return nil, fsm.View{}, err
+	}
+	if refusal := apierror.FromProto(res.GetError()); refusal != nil {
+		return nil, fsm.View{}, refusal
+	}
+	view, err := h.Viewer.View(ctx, &pb.ReadOptions{Stale: true, MinIndex: res.GetIndex()})
+	if err != nil {
+		// The write is done and the answer is not: a repetition gets both.
+		return nil, fsm.View{}, apierror.FromProto(apierror.From(err).Proto(ctx)).With("outcome", "unknown")
+	}
+	return res, view, nil
+}
+
+// requestDigest tells requests apart: two requests of the same id are the same
+// request when kind and content are equal.
+func requestDigest(req proto.Message) ([]byte, error) {
+	b, err := proto.MarshalOptions{Deterministic: true}.Marshal(req)
+	if err != nil {
+		return nil, fmt.Errorf("encode request: %w", err)
+	}
+	sum := sha256.New()
+	sum.Write([]byte(req.ProtoReflect().Descriptor().FullName()))
+	sum.Write([]byte{0})
+	sum.Write(b)
+	return sum.Sum(nil), nil
+}
+
+// mint makes n ids for instances of a workload that nothing in view has.
+func (h *handlers) mint(view fsm.View, name string, n int) ([]string, error) {
+	ids := make([]string, 0, n)
+	taken := make(map[string]bool, n)
+	for range n {
+		for attempt := 0; ; attempt++ {
+			id := name + "-" + h.suffix()
+			if _, exists := view.Instance(id); !exists && !taken[id] && len(view.InstancesByName(nil, id)) == 0 {
+				taken[id] = true
+				ids = append(ids, id)
+				break
+			}
+			if attempt == mintAttempts {
+				return nil, apierror.New(pb.ErrorCode_ERROR_CODE_RESOURCE_EXHAUSTED,
+					"no free instance id was found for the name %s", name).
+					Next("remove ended instances: wasmatrix instance rm %s", name)
+			}
+		}
+	}
+	return ids, nil
+}
+
+func randomSuffix() string {
+	b := make([]byte, suffixLength)
+	for i := range b {
+		b[i] = idAlphabet[rand.IntN(len(idAlphabet))]
+	}
+	return string(b)
+}
+
+// workloadOf returns the name of the workload that an instance id was minted for.
+func workloadOf(instanceID string) string {
+	if len(instanceID) <= suffixLength+1 {
+		return ""
+	}
+	return instanceID[:len(instanceID)-suffixLength-1]
+}
+
+func invalid(format string, args ...any) *apierror.Error {
+	return apierror.New(pb.ErrorCode_ERROR_CODE_INVALID_REQUEST, format, args...)
+}

@@ -1,0 +1,191 @@
+package cluster
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/raft"
+	"golang.org/x/sync/errgroup"
+)
+
+// dutyRetry is the pause after a failure of a leader that cannot be replaced.
+const dutyRetry = time.Second
+
+// lead runs the duties whenever this peer leads, until ctx ends.
+func (p *Peer) lead(ctx context.Context, n *node) {
+	leads := false
+	for {
+		if leads {
+			leads = p.reign(ctx, n)
+			continue
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case leads = <-n.raft.LeaderCh():
+		}
+	}
+}
+
+// reign is one leadership, from election to loss. It returns whether another
+// one has begun already.
+func (p *Peer) reign(ctx context.Context, n *node) (again bool) {
+	ruleCtx, cancel := context.WithCancel(ctx)
+	ruled := make(chan error, 1)
+	go func() { ruled <- p.rule(ruleCtx, n.raft) }()
+	defer func() {
+		p.role.leads.Store(false)
+		p.changed.notify()
+		cancel()
+		if ruled != nil {
+			<-ruled
+		}
+	}()
+	for {
+		select {
+		case <-ctx.Done():
+			return false
+		case leads := <-n.raft.LeaderCh():
+			return leads
+		case err := <-ruled:
+			ruled = nil
+			if err == nil {
+				continue
+			}
+			p.log.Error("a duty of the leader failed, giving up leadership", "error", err)
+			p.role.leads.Store(false)
+			p.changed.notify()
+			if again, lost := p.resign(ctx, n); lost {
+				return again
+			}
+			// Nobody else can lead.
+			return pause(ctx, dutyRetry, nil) && n.raft.State() == raft.Leader
+		}
+	}
+}
+
+// rule makes this peer serve as the leader and runs the duties. It returns nil
+// when leadership or ctx ended, or when all duties are done.
+func (p *Peer) rule(ctx context.Context, r *raft.Raft) error {
+	if err := p.flights.await(ctx, r.Barrier(enqueueLimit)); err != nil {
+		if ctx.Err() != nil || errors.Is(err, raft.ErrLeadershipLost) || errors.Is(err, raft.ErrNotLeader) || errors.Is(err, raft.ErrRaftShutdown) {
+			return nil
+		}
+		return fmt.Errorf("wait for what was committed before: %w", err)
+	}
+	p.log.Info("this peer leads", "term", r.CurrentTerm())
+	p.role.leads.Store(true)
+	p.changed.notify()
+	group, gctx := errgroup.WithContext(ctx)
+	for _, duty := range append([]Duty{p.membershipDuty}, p.duties...) {
+		group.Go(func() error { return duty(gctx) })
+	}
+	err := group.Wait()
+	if ctx.Err() != nil {
+		return nil
+	}
+	return err
+}
+
+// resign hands leadership to another peer, or else falls silent until the
+// others have elected one. It reports whether leadership was lost and, if so,
+// whether it was won again.
+func (p *Peer) resign(ctx context.Context, n *node) (again, lost bool) {
+	if err := p.flights.await(ctx, n.raft.LeadershipTransfer()); err != nil {
+		p.log.Warn("leadership was not handed over, falling silent", "error", err)
+		n.guard.seal()
+		defer n.guard.unseal()
+	}
+	limit := time.NewTimer(10 * p.cfg.Timers.Heartbeat)
+	defer limit.Stop()
+	select {
+	case <-ctx.Done():
+		return false, true
+	case leads := <-n.raft.LeaderCh():
+		return leads, true
+	case <-limit.C:
+		return false, false
+	}
+}
+
+// contacts is which followers the leader cannot reach.
+type contacts struct {
+	mu   sync.Mutex
+	lost map[string]bool
+}
+
+func (c *contacts) set(id string, lost bool) (changed bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	changed = c.lost[id] != lost
+	c.lost[id] = lost
+	return changed
+}
+
+func (c *contacts) isLost(id string) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.lost[id]
+}
+
+// observe follows what Raft tells about itself, until ctx ends.
+func (p *Peer) observe(ctx context.Context, r *raft.Raft) {
+	seen := make(chan raft.Observation, 256)
+	observer := raft.NewObserver(seen, false, func(o *raft.Observation) bool {
+		switch o.Data.(type) {
+		case raft.LeaderObservation, raft.RaftState, raft.PeerObservation,
+			raft.FailedHeartbeatObservation, raft.ResumedHeartbeatObservation:
+			return true
+		}
+		return false
+	})
+	r.RegisterObserver(observer)
+	defer r.DeregisterObserver(observer)
+	last := ""
+	for {
+		last = p.noteLeader(r, last)
+		select {
+		case <-ctx.Done():
+			return
+		case o := <-seen:
+			p.note(o)
+		}
+	}
+}
+
+// note takes in one observation and wakes whoever waits for it.
+func (p *Peer) note(o raft.Observation) {
+	changed := true
+	switch data := o.Data.(type) {
+	case raft.FailedHeartbeatObservation:
+		changed = p.role.contacts.set(string(data.PeerID), true)
+	case raft.ResumedHeartbeatObservation:
+		changed = p.role.contacts.set(string(data.PeerID), false)
+	case raft.PeerObservation:
+		p.role.contacts.set(string(data.Peer.ID), false)
+	}
+	if changed {
+		p.changed.notify()
+	}
+}
+
+// noteLeader keeps how long there has been no leader, and returns the last leader.
+func (p *Peer) noteLeader(r *raft.Raft, last string) string {
+	_, id := r.LeaderWithID()
+	leader := string(id)
+	switch {
+	case leader == "":
+		p.role.leaderless.CompareAndSwap(0, time.Now().UnixNano())
+		return last
+	case leader != last:
+		p.metrics.leaderChanges.Inc()
+		p.log.Info("new leader", "leader", leader, "term", r.CurrentTerm())
+	}
+	p.role.leaderless.Store(0)
+	p.role.outside.Store(false)
+	p.announce()
+	return leader
+}

@@ -1,0 +1,305 @@
+package cluster
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/raft"
+
+	"github.com/wasmatrix/wasmatrix/apierror"
+	"github.com/wasmatrix/wasmatrix/identity"
+	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
+)
+
+func TestMayRemove(t *testing.T) {
+	tests := []struct {
+		voters, dead string
+		remove       string
+		says         string
+	}{
+		{"a b c", "c", "c", ""},
+		{"a b c", "", "c", ""},
+		{"a b c", "b c", "c", "more than a minority"},
+		{"a b c", "b", "c", "1 would be alive"},
+		{"a b c d e", "d e", "e", ""},
+		{"a b c d e", "c d e", "e", "more than a minority"},
+		{"a b c d", "c d", "d", "more than a minority"},
+		{"a b", "b", "b", "more than a minority"},
+		{"a b", "", "b", ""},
+		{"a", "", "a", "only voter"},
+		{"a b c", "b c", "witness", ""},
+	}
+	for _, tt := range tests {
+		t.Run(fmt.Sprintf("of %s dead %s remove %s", tt.voters, tt.dead, tt.remove), func(t *testing.T) {
+			servers := []raft.Server{{ID: "witness", Suffrage: raft.Nonvoter}}
+			for id := range strings.FieldsSeq(tt.voters) {
+				servers = append(servers, raft.Server{ID: raft.ServerID(id)})
+			}
+			got := mayRemove(servers, tt.remove, func(id string) bool { return !strings.Contains(tt.dead, id) })
+			if (got == "") != (tt.says == "") || !strings.Contains(got, tt.says) {
+				t.Errorf("%q, want %q", got, tt.says)
+			}
+		})
+	}
+}
+
+func TestPeerWithWipedDiskComesBackAsAVoter(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	leader := l.three()
+	l.put("before")
+	lost := l.other(leader)
+	id := lost.cfg.ID
+	lost.crash()
+	l.put("meanwhile")
+	l.dirs[id] = t.TempDir()
+	// It starts with the same configuration as the first time.
+	l.start(id, expect(3))
+	l.voters("n1", "n2", "n3")
+	l.everywhere("before")
+	l.everywhere("meanwhile")
+	if n := l.peers[id]; n.state.View().Hash() == "" {
+		t.Error("no state")
+	}
+}
+
+func TestWipedPeerGrantsNoVoteBeforeItHasJoinedAgain(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	leader := l.three()
+	follower := l.other(leader)
+	wiped := l.other(leader, follower)
+	l.put("acknowledged")
+	l.everywhere("acknowledged")
+	wiped.crash()
+	leader.crash()
+	// Only one voter still knows the acknowledged write. The wiped one must
+	// not help anybody to a quorum, whoever asks.
+	l.dirs[wiped.cfg.ID] = t.TempDir()
+	again := l.start(wiped.cfg.ID, expect(3))
+	l.eventually("the wiped peer is asked for its vote", func() bool { return again.raft.Load() != nil && follower.raft.Load().State() == raft.Candidate })
+	quiet, cancel := context.WithTimeout(t.Context(), 10*testHeartbeat)
+	defer cancel()
+	<-quiet.Done()
+	if id, _ := follower.Leader(); id != "" {
+		t.Fatalf("%s leads with the vote of a peer that forgot", id)
+	}
+	// With a second peer that remembers there is a quorum, and the wiped one returns.
+	l.start(leader.cfg.ID)
+	l.leader()
+	l.voters("n1", "n2", "n3")
+	l.everywhere("acknowledged")
+}
+
+func TestRestartedPeersFindEachOtherAtNewAddresses(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	l.three()
+	l.put("before")
+	for _, id := range []string{"n1", "n2", "n3"} {
+		l.peers[id].stop()
+	}
+	// All ports differ from those in the Raft configuration.
+	for _, id := range []string{"n1", "n2", "n3"} {
+		l.start(id, expect(3))
+	}
+	leader := l.leader()
+	l.put("after")
+	l.everywhere("before")
+	l.everywhere("after")
+	l.eventually("the new addresses are recorded", func() bool {
+		for id, p := range l.peers {
+			record, _ := leader.state.View().Peer(id)
+			m, _ := p.member(id)
+			if record.GetApiAddress() != p.cfg.APIAdvertise || record.GetRaftAddress() != m.Metadata.GetRaftAddress() ||
+				leader.recordedAddress(id) != m.Metadata.GetRaftAddress() {
+				return false
+			}
+		}
+		return true
+	})
+}
+
+func TestForgedAddressDoesNotReachTheRegistry(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	leader := l.three()
+	victim := l.other(leader)
+	l.eventually("all addresses are recorded", func() bool {
+		record, ok := leader.state.View().Peer(victim.cfg.ID)
+		return ok && record.GetApiAddress() == victim.cfg.APIAdvertise
+	})
+	m, _ := leader.member(victim.cfg.ID)
+	honest := m.Metadata.GetRaftAddress()
+	other, _ := leader.member(l.other(leader, victim).cfg.ID)
+	forged := victim.hubSource()
+	meta := &pb.PeerMetadata{
+		Cluster: "test", PeerId: victim.cfg.ID, Bootstrapped: true,
+		RaftAddress: other.Metadata.GetRaftAddress(), ApiAddress: other.Metadata.GetApiAddress(),
+	}
+	if err := forged.Update(meta); err != nil {
+		t.Fatal(err)
+	}
+	// Entries still reach the victim, at its configured address.
+	l.put("despite")
+	l.everywhere("despite")
+	record, _ := leader.state.View().Peer(victim.cfg.ID)
+	if record.GetApiAddress() != victim.cfg.APIAdvertise || leader.recordedAddress(victim.cfg.ID) != honest {
+		t.Errorf("the forged address was believed: %v", record)
+	}
+}
+
+func TestRemovedPeerNoticesAndJoinsAgainWhenRestarted(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	leader := l.three()
+	removed := l.other(leader)
+	id := removed.cfg.ID
+	l.eventually(id+" has had its place for a while", func() bool { return removed.role.settled.Load() })
+	cluster := pb.NewClusterServiceClient(l.admin(leader))
+	if _, err := cluster.Remove(t.Context(), &pb.RemoveRequest{PeerId: id}); err != nil {
+		t.Fatal(err)
+	}
+	if _, ok := leader.state.View().Peer(id); ok {
+		t.Error("the registry still has the removed peer")
+	}
+	l.eventually("the removed peer says so", func() bool {
+		_, err := removed.Propose(t.Context(), write("w"))
+		return strings.Contains(err.Error(), "not part of the cluster")
+	})
+	api := pb.NewControlPlaneServiceClient(l.admin(removed))
+	_, err := api.ListProviders(t.Context(), &pb.ListProvidersRequest{})
+	if e := apierror.From(err); e.Code() != pb.ErrorCode_ERROR_CODE_NO_LEADER || e.Detail("removed") != "true" {
+		t.Errorf("a call to the removed peer: %v", err)
+	}
+	removed.stop()
+	l.put("meanwhile")
+	l.start(id)
+	l.voters("n1", "n2", "n3")
+	l.everywhere("meanwhile")
+}
+
+func TestRemoveKeepsTheQuorumUnlessForced(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	leader := l.three()
+	dead := l.other(leader)
+	dead.crash()
+	live := l.other(leader)
+	cluster := pb.NewClusterServiceClient(l.admin(leader))
+	_, err := cluster.Remove(t.Context(), &pb.RemoveRequest{PeerId: live.cfg.ID})
+	if apierror.CodeOf(err) != pb.ErrorCode_ERROR_CODE_CONFLICT {
+		t.Fatalf("removing the second of two live peers: %v", err)
+	}
+	if _, err := cluster.Remove(t.Context(), &pb.RemoveRequest{PeerId: dead.cfg.ID}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := cluster.Remove(t.Context(), &pb.RemoveRequest{PeerId: "nobody"}); apierror.CodeOf(err) != pb.ErrorCode_ERROR_CODE_NODE_NOT_FOUND {
+		t.Errorf("removing nobody: %v", err)
+	}
+	if _, err := cluster.Remove(t.Context(), &pb.RemoveRequest{PeerId: live.cfg.ID, Force: true}); err != nil {
+		t.Fatal(err)
+	}
+	l.put("alone")
+}
+
+func TestDeadPeerIsRemovedAfterItsTime(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	leader := l.three(func(c *Config) { c.Timers.DeadPeerAfter = 300 * time.Millisecond })
+	dead := l.other(leader)
+	dead.crash()
+	l.eventually("the dead peer is removed", func() bool {
+		_, member := leader.suffrage(dead.cfg.ID)
+		_, known := leader.state.View().Peer(dead.cfg.ID)
+		return !member && !known
+	})
+	// Two are left; when one of them dies nothing may be removed any more.
+	l.put("two-are-enough")
+	l.start(dead.cfg.ID)
+	l.voters("n1", "n2", "n3")
+	l.everywhere("two-are-enough")
+}
+
+func TestPeerThatOnlyGossipMissesIsKept(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	leader := l.three(func(c *Config) { c.Timers.DeadPeerAfter = 100 * time.Millisecond })
+	victim := l.other(leader)
+	l.hub.alive(victim.cfg.ID, false)
+	quiet, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	<-quiet.Done()
+	if _, ok := leader.suffrage(victim.cfg.ID); !ok {
+		t.Fatal("a peer that answers was removed because gossip said it is dead")
+	}
+}
+
+func TestJoinAndPromoteAreForThePeerItselfAndAdmins(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	leader := l.three()
+	stranger := identity.Subject{Kind: identity.Node, Name: "n9", Role: identity.RoleServer}
+	worker := identity.Subject{Kind: identity.Node, Name: "n8", Role: identity.RoleWorker}
+	join := func(s identity.Subject, id string) error {
+		_, err := pb.NewClusterServiceClient(l.dialAs(s, leader)).Join(t.Context(),
+			&pb.JoinRequest{PeerId: id, RaftAddress: "127.0.0.1:1", ApiAddress: "127.0.0.1:2", NonVoter: true})
+		return err
+	}
+	if err := join(stranger, "n2"); apierror.CodeOf(err) != pb.ErrorCode_ERROR_CODE_PERMISSION_DENIED {
+		t.Errorf("a peer joined as another: %v", err)
+	}
+	if err := join(worker, "n8"); apierror.CodeOf(err) != pb.ErrorCode_ERROR_CODE_PERMISSION_DENIED {
+		t.Errorf("a worker joined: %v", err)
+	}
+	if err := join(stranger, leader.cfg.ID); apierror.CodeOf(err) != pb.ErrorCode_ERROR_CODE_PERMISSION_DENIED {
+		t.Errorf("a peer joined as the leader: %v", err)
+	}
+	if err := join(stranger, "n9"); err != nil {
+		t.Errorf("a peer could not join as itself: %v", err)
+	}
+	as := pb.NewClusterServiceClient(l.dialAs(stranger, leader))
+	if _, err := as.Promote(t.Context(), &pb.PromoteRequest{PeerId: "n2"}); apierror.CodeOf(err) != pb.ErrorCode_ERROR_CODE_PERMISSION_DENIED {
+		t.Errorf("a peer promoted another: %v", err)
+	}
+	if _, err := as.Remove(t.Context(), &pb.RemoveRequest{PeerId: "n9"}); apierror.CodeOf(err) != pb.ErrorCode_ERROR_CODE_PERMISSION_DENIED {
+		t.Errorf("a peer removed: %v", err)
+	}
+	if _, err := as.TransferLeadership(t.Context(), &pb.TransferLeadershipRequest{}); apierror.CodeOf(err) != pb.ErrorCode_ERROR_CODE_PERMISSION_DENIED {
+		t.Errorf("a peer took the leadership: %v", err)
+	}
+	if _, err := as.Status(t.Context(), &pb.StatusRequest{}); err != nil {
+		t.Errorf("a peer may ask for the status: %v", err)
+	}
+}
+
+func TestDamagedLogStopsThePeerBeforeItStarts(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	l.start("n1", expect(1))
+	l.put("precious-record")
+	l.peers["n1"].stop()
+	path := filepath.Join(l.dirs["n1"], "raft", "raft.db")
+	raw, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	damaged := strings.ReplaceAll(string(raw), "precious-record", "precious-rec0rd")
+	if damaged == string(raw) {
+		t.Fatal("the record is not in the log")
+	}
+	if err := os.WriteFile(path, []byte(damaged), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	p := l.start("n1", expect(1))
+	<-p.done
+	if p.err == nil || !strings.Contains(p.err.Error(), ErrCorrupt.Error()) || !strings.Contains(p.err.Error(), "checksum") {
+		t.Errorf("a damaged log: %v", p.err)
+	}
+	p.err = nil
+}

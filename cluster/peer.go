@@ -1,0 +1,420 @@
+package cluster
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"sync/atomic"
+	"time"
+
+	"github.com/hashicorp/raft"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/wasmatrix/wasmatrix/cluster/gossip"
+	"github.com/wasmatrix/wasmatrix/fsm"
+	"github.com/wasmatrix/wasmatrix/identity"
+	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
+	"github.com/wasmatrix/wasmatrix/rpc"
+)
+
+// Duty is work of the leader. It runs while this peer leads, after a barrier
+// has shown it everything that was committed before, and ends when ctx ends. An
+// error that it returns while ctx lives resigns leadership; nil means that it
+// has nothing more to do.
+type Duty func(ctx context.Context) error
+
+// Peer is one control-plane peer. Make it with New, give it its duties with
+// Lead, and let Run run it. All other methods are safe for concurrent use and
+// may be called at any time; before Run they know of no leader.
+type Peer struct {
+	cfg     Config
+	log     *slog.Logger
+	state   *fsm.State
+	duties  []Duty
+	pool    *identity.Pool
+	dial    func(address string) (grpc.ClientConnInterface, error)
+	metrics *metrics
+	changed *signal // leadership, members or the Raft configuration
+	reads   *reads
+	stamp   *stamp
+	flights *flights
+	raft    atomic.Pointer[raft.Raft]
+	members atomic.Pointer[memberSource]
+	role    role
+	fatal   chan error
+}
+
+// memberSource lets an interface be stored atomically.
+type memberSource struct{ MemberSource }
+
+// role is what the peer is at the moment.
+type role struct {
+	// leads is set from the barrier at the start of a leadership to its end.
+	leads atomic.Bool
+	// closing is set when the peer stops.
+	closing atomic.Bool
+	// outside is set when the others say that this peer is not of the cluster.
+	outside atomic.Bool
+	// settled is set once the peer has had a leader for a while.
+	settled atomic.Bool
+	// leaderless is when the present absence of a leader began, in Unix nanoseconds; 0 while there is a leader.
+	leaderless atomic.Int64
+	// contacts is what the leader knows of its followers.
+	contacts contacts
+}
+
+// New makes a peer. It opens nothing and starts nothing. Its error wraps ErrConfig.
+func New(cfg Config) (*Peer, error) {
+	cfg = cfg.withDefaults()
+	if err := cfg.validate(); err != nil {
+		return nil, err
+	}
+	p := &Peer{
+		cfg:     cfg,
+		log:     cfg.Logger,
+		state:   fsm.New(),
+		dial:    cfg.Seams.Dial,
+		changed: newSignal(),
+		reads:   newReads(),
+		stamp:   newStamp(cfg.Seams.Now),
+		flights: newFlights(),
+		fatal:   make(chan error, 1),
+	}
+	p.role.contacts.lost = map[string]bool{}
+	if p.dial == nil {
+		p.pool = cfg.Identity.NewPool(identity.Subject.IsPeer, rpc.DialOptions()...)
+		p.dial = func(address string) (grpc.ClientConnInterface, error) { return p.pool.Conn(address) }
+	}
+	var err error
+	if p.metrics, err = newMetrics(p, cfg.Registerer); err != nil {
+		return nil, fmt.Errorf("%w: register metrics: %w", ErrConfig, err)
+	}
+	return p, nil
+}
+
+// Lead adds duties. Call it before Run.
+func (p *Peer) Lead(duties ...Duty) { p.duties = append(p.duties, duties...) }
+
+// State returns the replicated state of this peer, which may lag. Only Run
+// writes to it.
+func (p *Peer) State() *fsm.State { return p.state }
+
+// Changed returns a channel that is closed as soon as the applied index of this
+// peer is greater than after; see fsm.State.Changed.
+func (p *Peer) Changed(after uint64) <-chan struct{} { return p.state.Changed(after) }
+
+// Leader returns the leader's id and the address of its API, as far as this
+// peer knows: both empty without a leader, the address alone while it is not known yet.
+func (p *Peer) Leader() (id, apiAddress string) {
+	r := p.raft.Load()
+	if r == nil {
+		return "", ""
+	}
+	_, leader := r.LeaderWithID()
+	return string(leader), p.apiAddress(string(leader))
+}
+
+// IsLeader reports whether this peer leads and has seen all that was committed
+// before. It is a hint: a leader that was cut off does not know it yet.
+func (p *Peer) IsLeader() bool {
+	r := p.raft.Load()
+	return r != nil && p.role.leads.Load() && r.State() == raft.Leader
+}
+
+// Run runs the peer until ctx ends, and then hands leadership over, tells the
+// gossip that it leaves and releases everything; that returns nil. It returns
+// an error when the peer cannot start or must not go on: files that cannot be
+// opened, a damaged log (ErrCorrupt), a command it does not know. Call it once.
+func (p *Peer) Run(ctx context.Context) (err error) {
+	if p.pool != nil {
+		defer func() { err = errors.Join(err, p.pool.Close()) }()
+	}
+	n, err := p.open()
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, n.storage.close()) }()
+
+	// The transport and the gossip outlive the rest: a planned stop needs both.
+	below, stopBelow := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopBelow()
+	base, bctx := errgroup.WithContext(below)
+	base.Go(func() error { n.guard.run(bctx); return nil })
+	base.Go(func() error { return p.runGossip(bctx) })
+	err = p.serve(ctx, bctx, n)
+	p.stop(n)
+	stopBelow()
+	return errors.Join(err, base.Wait())
+}
+
+// node is what Run has opened.
+type node struct {
+	raft    *raft.Raft
+	guard   *guard
+	storage *storage
+	// settle says that the peer must bootstrap or join before it votes.
+	settle bool
+}
+
+// open opens files and sockets and starts Raft.
+func (p *Peer) open() (_ *node, err error) {
+	n := &node{}
+	if n.guard, err = p.openGuard(); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, n.guard.Close())
+		}
+	}()
+	watch := &diskWatch{limit: p.cfg.Timers.DiskLimit, damaged: p.fail}
+	watch.slow = func() {
+		p.log.Error("a write of the raft log hangs, this peer stops acting as a leader", "limit", watch.limit)
+		n.guard.seal()
+	}
+	watch.recovered = func() {
+		p.log.Warn("the raft log can be written again")
+		n.guard.unseal()
+	}
+	if n.storage, err = openStorage(p.cfg, watch); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, n.storage.close())
+		}
+	}()
+	if n.settle, err = n.storage.unsettled(); err != nil {
+		return nil, err
+	}
+	n.guard.mayVote.Store(!n.settle)
+	if err := n.storage.verify(); err != nil {
+		return nil, fmt.Errorf("%w: remove %s/raft and start again, the peer recovers from the others", err, p.cfg.DataDir)
+	}
+	history, err := n.storage.hasHistory()
+	if err != nil {
+		return nil, err
+	}
+	if err := p.openMembers(string(n.guard.LocalAddr()), history); err != nil {
+		return nil, err
+	}
+	logs, err := raft.NewLogCache(logCacheEntries, n.storage.logs)
+	if err != nil {
+		return nil, fmt.Errorf("cache the raft log: %w", err)
+	}
+	n.raft, err = raft.NewRaft(p.cfg.raftConfig(), fsm.NewRaftFSM(p.state, p.fail), logs, n.storage.stable, n.storage.snapshots, n.guard)
+	if err != nil {
+		return nil, fmt.Errorf("start raft: %w", err)
+	}
+	p.role.leaderless.Store(time.Now().UnixNano())
+	p.raft.Store(n.raft)
+	return n, nil
+}
+
+func (p *Peer) openGuard() (*guard, error) {
+	transport := p.cfg.Seams.Transport
+	if transport == nil {
+		var err error
+		where := &addresses{id: raft.ServerID(p.cfg.ID), hint: p.hintedAddress, known: p.recordedAddress}
+		if transport, err = openTransport(p.cfg, where); err != nil {
+			return nil, err
+		}
+	}
+	return newGuard(transport)
+}
+
+// openMembers makes the gossip unless it was injected, and tells it about this peer.
+func (p *Peer) openMembers(raftAddress string, history bool) error {
+	meta := &pb.PeerMetadata{
+		Cluster: p.cfg.Cluster, PeerId: p.cfg.ID, Version: p.cfg.Version,
+		RaftAddress: raftAddress, ApiAddress: p.cfg.APIAdvertise,
+		BootstrapExpect: uint32(p.cfg.BootstrapExpect), Bootstrapped: history,
+	}
+	if source := p.cfg.Seams.Members; source != nil {
+		if err := source.Update(meta); err != nil {
+			return fmt.Errorf("tell the members of this peer: %w", err)
+		}
+		p.members.Store(&memberSource{source})
+		return nil
+	}
+	g, err := gossip.New(p.cfg.Gossip, meta)
+	if err != nil {
+		return fmt.Errorf("open the gossip: %w", err)
+	}
+	p.members.Store(&memberSource{g})
+	return nil
+}
+
+// serve does everything a peer does until ctx ends or something fails. Losing
+// the gossip or the transport, which live in base, ends it too.
+func (p *Peer) serve(ctx, base context.Context, n *node) error {
+	group, gctx := errgroup.WithContext(ctx)
+	group.Go(func() error {
+		select {
+		case <-gctx.Done():
+			return nil
+		case <-base.Done():
+			return context.Cause(base)
+		case err := <-p.fatal:
+			return err
+		}
+	})
+	group.Go(func() error { p.observe(gctx, n.raft); return nil })
+	group.Go(func() error { p.lead(gctx, n); return nil })
+	group.Go(func() error { p.runReads(gctx); return nil })
+	group.Go(func() error { return p.settle(gctx, n) })
+	return group.Wait()
+}
+
+// stop hands leadership over and ends Raft. Calls in flight are let finish
+// first, because hashicorp/raft forgets to answer some of them once it is shut
+// down. No step waits for a disk that hangs.
+func (p *Peer) stop(n *node) {
+	p.role.closing.Store(true)
+	p.changed.notify()
+	if n.raft.State() == raft.Leader {
+		if err := p.within(func() error { return n.raft.LeadershipTransfer().Error() }); err != nil {
+			p.log.Info("leadership was not handed over", "error", err)
+		}
+	}
+	if !p.flights.drain(p.cfg.Timers.Shutdown) {
+		p.log.Warn("stopped with calls in flight")
+	}
+	if err := p.within(func() error { return n.raft.Shutdown().Error() }); err != nil {
+		p.log.Warn("shut raft down", "error", err)
+	}
+	p.role.leads.Store(false)
+	p.changed.notify()
+}
+
+// within runs f, and gives up on it after the time limit of a shutdown.
+func (p *Peer) within(f func() error) error {
+	done := make(chan error, 1)
+	go func() { done <- f() }()
+	limit := time.NewTimer(p.cfg.Timers.Shutdown)
+	defer limit.Stop()
+	select {
+	case err := <-done:
+		return err
+	case <-limit.C:
+		return fmt.Errorf("no answer from raft within %s", p.cfg.Timers.Shutdown)
+	}
+}
+
+// runGossip takes part in the gossip and wakes whoever waits for its news.
+func (p *Peer) runGossip(ctx context.Context) error {
+	source := p.members.Load()
+	group, gctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return source.Run(gctx) })
+	group.Go(func() error {
+		for {
+			select {
+			case <-gctx.Done():
+				return nil
+			case e := <-source.Events():
+				p.log.Info("gossip", "member", e.Member.Metadata.GetPeerId(), "event", e.Kind.String())
+				p.changed.notify()
+			}
+		}
+	})
+	return group.Wait()
+}
+
+// fail makes Run return err.
+func (p *Peer) fail(err error) {
+	p.log.Error("this peer cannot go on", "error", err)
+	select {
+	case p.fatal <- err:
+	default:
+	}
+}
+
+// announce tells the gossip that this peer has a history now.
+func (p *Peer) announce() {
+	m, ok := p.member(p.cfg.ID)
+	if !ok || m.Metadata.GetBootstrapped() {
+		return
+	}
+	meta := proto.CloneOf(m.Metadata)
+	meta.Bootstrapped = true
+	if err := p.members.Load().Update(meta); err != nil {
+		p.log.Warn("tell the gossip about this peer", "error", err)
+	}
+}
+
+// hintedAddress returns where gossip says that a live peer's Raft transport is, or "".
+func (p *Peer) hintedAddress(id string) string {
+	if m, ok := p.member(id); ok && m.Alive {
+		return m.Metadata.GetRaftAddress()
+	}
+	return ""
+}
+
+// recordedAddress returns the address of a peer's Raft transport that is
+// committed: in the registry, where it follows the peer, else in the Raft
+// configuration, where it stays as it was when the peer joined. "" when unknown.
+func (p *Peer) recordedAddress(id string) string {
+	servers := p.servers()
+	at := slices.IndexFunc(servers, func(s raft.Server) bool { return string(s.ID) == id })
+	if at < 0 {
+		return ""
+	}
+	if peer, ok := p.state.View().Peer(id); ok && peer.GetRaftAddress() != "" {
+		return peer.GetRaftAddress()
+	}
+	return string(servers[at].Address)
+}
+
+// apiAddress returns where a peer's API is: what is committed, else what gossip says, else "".
+func (p *Peer) apiAddress(id string) string {
+	if id == p.cfg.ID {
+		return p.cfg.APIAdvertise
+	}
+	if peer, ok := p.state.View().Peer(id); ok && peer.GetApiAddress() != "" {
+		return peer.GetApiAddress()
+	}
+	if m, ok := p.member(id); ok {
+		return m.Metadata.GetApiAddress()
+	}
+	return ""
+}
+
+func (p *Peer) member(id string) (gossip.Member, bool) {
+	for _, m := range p.known() {
+		if id != "" && m.Metadata.GetPeerId() == id {
+			return m, true
+		}
+	}
+	return gossip.Member{}, false
+}
+
+// known returns all members that gossip knows.
+func (p *Peer) known() []gossip.Member {
+	source := p.members.Load()
+	if source == nil {
+		return nil
+	}
+	return source.Members()
+}
+
+// servers returns the latest Raft configuration that this peer knows, committed or not.
+func (p *Peer) servers() []raft.Server {
+	r := p.raft.Load()
+	if r == nil {
+		return nil
+	}
+	return r.GetConfiguration().Configuration().Servers
+}
+
+func (p *Peer) suffrage(id string) (raft.ServerSuffrage, bool) {
+	for _, s := range p.servers() {
+		if string(s.ID) == id {
+			return s.Suffrage, true
+		}
+	}
+	return raft.Nonvoter, false
+}

@@ -1,0 +1,352 @@
+package cluster
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/raft"
+
+	"github.com/wasmatrix/wasmatrix/apierror"
+	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
+)
+
+// simulation is a cluster in memory whose network can be cut and delayed.
+type simulation struct {
+	*lab
+	wires map[string]*wire
+	disks map[string]*disk
+}
+
+// disk is a log in memory that can hang.
+type disk struct {
+	*raft.InmemStore
+	mu      sync.Mutex
+	hanging chan struct{}
+}
+
+// hang makes writes wait until the function that it returns is called.
+func (d *disk) hang() (free func()) {
+	hanging := make(chan struct{})
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.hanging = hanging
+	return sync.OnceFunc(func() { close(hanging) })
+}
+
+func (d *disk) StoreLogs(entries []*raft.Log) error {
+	d.mu.Lock()
+	hanging := d.hanging
+	d.mu.Unlock()
+	if hanging != nil {
+		<-hanging
+	}
+	return d.InmemStore.StoreLogs(entries)
+}
+
+// wire is the network of one peer.
+type wire struct {
+	*raft.InmemTransport
+	address raft.ServerAddress
+	// late holds answers back until it is closed; requests still arrive.
+	late atomic.Pointer[chan struct{}]
+	// mute refuses to send anything more.
+	mute atomic.Bool
+}
+
+var errMuted = errors.New("the network is cut")
+
+func (w *wire) AppendEntries(id raft.ServerID, target raft.ServerAddress, args *raft.AppendEntriesRequest, resp *raft.AppendEntriesResponse) error {
+	if w.mute.Load() {
+		return errMuted
+	}
+	err := w.InmemTransport.AppendEntries(id, target, args, resp)
+	if late := w.late.Load(); late != nil {
+		<-*late
+	}
+	return err
+}
+
+func newSimulation(t testing.TB) *simulation {
+	return &simulation{lab: newLab(t), wires: map[string]*wire{}, disks: map[string]*disk{}}
+}
+
+func (s *simulation) start(id string, change ...func(*Config)) *running {
+	s.Helper()
+	address, transport := raft.NewInmemTransport(raft.ServerAddress(fmt.Sprintf("127.0.0.1:%d", 1000+len(s.wires))))
+	w := &wire{InmemTransport: transport, address: address}
+	for _, other := range s.wires {
+		other.Connect(address, transport)
+		w.Connect(other.address, other.InmemTransport)
+	}
+	s.wires[id] = w
+	memory := &disk{InmemStore: raft.NewInmemStore()}
+	s.disks[id] = memory
+	return s.lab.start(id, append(change, func(c *Config) {
+		c.Seams.Transport, c.Seams.Logs, c.Seams.Stable, c.Seams.SnapshotStore = w, memory, memory, raft.NewInmemSnapshotStore()
+	})...)
+}
+
+// cut separates a peer from these others, both ways.
+func (s *simulation) cut(id string, others ...string) {
+	for _, other := range others {
+		s.wires[id].Disconnect(s.wires[other].address)
+		s.wires[other].Disconnect(s.wires[id].address)
+	}
+}
+
+func (s *simulation) heal() {
+	for _, a := range s.wires {
+		for _, b := range s.wires {
+			if a != b {
+				a.Connect(b.address, b.InmemTransport)
+			}
+		}
+	}
+}
+
+func (s *simulation) others(id string) (out []string) {
+	for other := range s.wires {
+		if other != id {
+			out = append(out, other)
+		}
+	}
+	return out
+}
+
+// A leader that cannot reach the voters must not answer a linearizable read,
+// however many non-voters still listen to it.
+func TestCutOffLeaderWithNonVotersAnswersNoRead(t *testing.T) {
+	t.Parallel()
+	s := newSimulation(t)
+	// Long enough that the leader does not find out by itself during the test.
+	slow := func(c *Config) { c.Timers.Heartbeat = 1500 * time.Millisecond }
+	for _, id := range []string{"n1", "n2", "n3"} {
+		s.start(id, expect(3), slow)
+	}
+	leader := s.leader()
+	for _, id := range []string{"w1", "w2"} {
+		s.start(id, slow, func(c *Config) { c.NonVoter = true })
+		s.eventually(id+" replicates", func() bool { _, ok := s.peers[id].suffrage(id); return ok })
+	}
+	s.put("before")
+	id := leader.cfg.ID
+	for _, other := range []string{"n1", "n2", "n3"} {
+		if other != id {
+			s.cut(id, other)
+		}
+	}
+	if leader.raft.Load().VerifyLeader().Error() != nil {
+		t.Log("VerifyLeader was not fooled this time")
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+	defer cancel()
+	if _, err := leader.View(ctx, nil); err == nil {
+		t.Error("a leader cut off from all voters answered a linearizable read")
+	}
+	if _, err := leader.View(t.Context(), &pb.ReadOptions{Stale: true}); err != nil {
+		t.Errorf("a stale read: %v", err)
+	}
+}
+
+// Answers to requests from before the cut must not count for a read from after it.
+func TestLateAnswersDoNotConfirmARead(t *testing.T) {
+	t.Parallel()
+	s := newSimulation(t)
+	slow := func(c *Config) { c.Timers.Heartbeat = 400 * time.Millisecond }
+	for _, id := range []string{"n1", "n2", "n3"} {
+		s.start(id, expect(3), slow)
+	}
+	old := s.leader()
+	s.put("before")
+	id := old.cfg.ID
+	w := s.wires[id]
+	// From now on requests arrive and their answers wait.
+	hold := make(chan struct{})
+	release := sync.OnceFunc(func() { close(hold) })
+	t.Cleanup(release)
+	w.late.Store(&hold)
+	old.raft.Load().Barrier(time.Second)
+	s.eventually("a heartbeat and the entry are under way", func() bool { return old.raft.Load().LastIndex() > old.raft.Load().CommitIndex() })
+	w.mute.Store(true)
+	s.cut(id, s.others(id)...)
+	var next *running
+	s.eventually("another peer leads", func() bool {
+		for _, p := range s.peers {
+			if p != old && p.IsLeader() {
+				next = p
+				return true
+			}
+		}
+		return false
+	})
+	if _, err := next.Propose(t.Context(), write("after")); err != nil {
+		t.Fatal(err)
+	}
+	// The old leader gets the late answers while a read waits.
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	type answer struct {
+		seen bool
+		err  error
+	}
+	answers := make(chan answer, 1)
+	go func() {
+		view, err := old.View(ctx, nil)
+		answers <- answer{err == nil && has(view, "after"), err}
+	}()
+	release()
+	if a := <-answers; a.err == nil && !a.seen {
+		t.Error("the old leader answered a linearizable read without the acknowledged write")
+	}
+}
+
+// Reads at whoever thinks it leads never miss an acknowledged write, while
+// leaders are cut off again and again.
+func TestReadsAreLinearizableThroughPartitions(t *testing.T) {
+	t.Parallel()
+	s := newSimulation(t)
+	quick := func(c *Config) { c.Timers.Heartbeat = 150 * time.Millisecond }
+	for _, id := range []string{"n1", "n2", "n3"} {
+		s.start(id, expect(3), quick)
+	}
+	s.leader()
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	var acknowledged atomic.Int64 // the highest number that was acknowledged
+	var reads atomic.Int64
+	var group sync.WaitGroup
+	for _, p := range s.peers {
+		group.Go(func() {
+			for ctx.Err() == nil {
+				floor := acknowledged.Load()
+				short, done := context.WithTimeout(ctx, time.Second)
+				view, err := p.View(short, nil)
+				done()
+				if err != nil {
+					if !pause(ctx, 2*time.Millisecond, nil) {
+						return
+					}
+					continue
+				}
+				reads.Add(1)
+				if floor > 0 && !has(view, fmt.Sprintf("v%d", floor)) {
+					t.Errorf("%s answered a read without v%d", p.cfg.ID, floor)
+					return
+				}
+			}
+		})
+	}
+	group.Go(func() {
+		for n := int64(1); ctx.Err() == nil; {
+			done := false
+			for _, p := range s.peers {
+				short, stop := context.WithTimeout(ctx, time.Second)
+				_, err := p.Propose(short, write(fmt.Sprintf("v%d", n)))
+				stop()
+				if err == nil {
+					acknowledged.Store(n)
+					done = true
+					break
+				}
+			}
+			if done {
+				n++
+			} else if !pause(ctx, 2*time.Millisecond, nil) {
+				return
+			}
+		}
+	})
+	for range 3 {
+		before := acknowledged.Load()
+		s.eventually("writes go on", func() bool { return acknowledged.Load() > before+5 })
+		leader := s.leader().cfg.ID
+		s.cut(leader, s.others(leader)...)
+		s.eventually("another peer leads", func() bool {
+			for id, p := range s.peers {
+				if id != leader && p.IsLeader() {
+					return true
+				}
+			}
+			return false
+		})
+		before = acknowledged.Load()
+		s.eventually("writes go on at the new leader", func() bool { return acknowledged.Load() > before+5 })
+		s.heal()
+	}
+	cancel()
+	group.Wait()
+	if reads.Load() == 0 || acknowledged.Load() < 10 {
+		t.Errorf("only %d reads and %d writes", reads.Load(), acknowledged.Load())
+	}
+}
+
+func TestReadWaitsForItsIndex(t *testing.T) {
+	t.Parallel()
+	s := newSimulation(t)
+	p := s.start("n1", expect(1))
+	index := s.put("w").GetIndex()
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if _, err := p.View(ctx, &pb.ReadOptions{Stale: true, MinIndex: index + 1}); apierror.CodeOf(err) != pb.ErrorCode_ERROR_CODE_TIMEOUT {
+		t.Errorf("a read of the future: %v", err)
+	}
+	got := make(chan error, 1)
+	go func() {
+		view, err := p.View(t.Context(), &pb.ReadOptions{Stale: true, MinIndex: index + 1})
+		if err == nil && view.Index() <= index {
+			err = fmt.Errorf("view at %d", view.Index())
+		}
+		got <- err
+	}()
+	s.put("x")
+	if err := <-got; err != nil {
+		t.Error(err)
+	}
+}
+
+func TestReadAtAFollowerNeedsTheLeader(t *testing.T) {
+	t.Parallel()
+	s := newSimulation(t)
+	for _, id := range []string{"n1", "n2", "n3"} {
+		s.start(id, expect(3))
+	}
+	follower := s.other(s.leader())
+	if _, err := follower.View(t.Context(), nil); apierror.CodeOf(err) != pb.ErrorCode_ERROR_CODE_NO_LEADER {
+		t.Errorf("a linearizable read at a follower: %v", err)
+	}
+}
+
+// A leader whose disk hangs answers heartbeats for ever; the others must still
+// get another leader.
+func TestLeaderWithAHangingDiskIsReplaced(t *testing.T) {
+	t.Parallel()
+	s := newSimulation(t)
+	for _, id := range []string{"n1", "n2", "n3"} {
+		s.start(id, expect(3), func(c *Config) { c.Timers.DiskLimit = 100 * time.Millisecond })
+	}
+	leader := s.leader()
+	free := s.disks[leader.cfg.ID].hang()
+	t.Cleanup(free)
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	if _, err := leader.Propose(ctx, write("stuck")); err == nil {
+		t.Error("a write was acknowledged by a disk that hangs")
+	}
+	s.eventually("another peer leads", func() bool {
+		for _, p := range s.peers {
+			if p != leader && p.IsLeader() {
+				return true
+			}
+		}
+		return false
+	})
+	free()
+	s.eventually("the old leader follows", func() bool { return leader.raft.Load().State() == raft.Follower })
+	s.put("after")
+	s.everywhere("after")
+}

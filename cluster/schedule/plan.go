@@ -1,0 +1,145 @@
+package schedule
+
+import (
+	"github.com/hashicorp/go-memdb"
+
+	"github.com/wasmatrix/wasmatrix/fsm"
+	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
+)
+
+// Unplaced is what a planner reads; fsm.View satisfies it.
+type Unplaced interface {
+	State
+	// UnplacedInstances returns the instances that wait for a node, and those that
+	// are to leave one that drains.
+	UnplacedInstances(ws memdb.WatchSet) []*pb.Instance
+	// UnplacedProviders returns the providers that wait for a node.
+	UnplacedProviders(ws memdb.WatchSet) []*pb.Provider
+}
+
+// subject is one instance or one provider.
+type subject struct {
+	provider bool
+	id       string
+}
+
+// attempt is a decision that was proposed.
+type attempt struct {
+	generation uint64
+	outcome    outcome
+}
+
+// planner is what Run remembers from one batch to the next.
+type planner struct {
+	table *table
+	// pending fires when the set of what is to be placed changes.
+	pending memdb.WatchSet
+	// proposed holds the last decision on what is still to be placed. The same
+	// one is not proposed twice: the registry found it void, and would again.
+	proposed map[subject]attempt
+	// blocked counts what no node can take.
+	blocked int
+}
+
+// plan returns the next decisions. When there are none the WatchSet fires as
+// soon as there may be some.
+func (p *planner) plan(view Unplaced) ([]*pb.PlaceDecision, memdb.WatchSet) {
+	nodes := memdb.NewWatchSet()
+	better := p.table.refresh(view, nodes)
+	var decisions []*pb.PlaceDecision
+	if better || p.pending == nil || fired(p.pending) {
+		decisions = p.decide(view)
+	}
+	if len(decisions) > 0 {
+		p.pending = nil
+		return decisions, nil
+	}
+	for channel := range p.pending {
+		nodes.Add(channel)
+	}
+	if p.blocked > 0 {
+		p.table.watchRoom(nodes)
+	}
+	return nil, nodes
+}
+
+func (p *planner) decide(view Unplaced) []*pb.PlaceDecision {
+	p.pending, p.blocked = memdb.NewWatchSet(), 0
+	b := newBatch(p.table)
+	pass := &pass{proposed: p.proposed, next: make(map[subject]attempt, len(p.proposed))}
+	// Providers first: instances are of little use without them.
+	for _, provider := range view.UnplacedProviders(p.pending) {
+		pass.provider(b, provider)
+	}
+	for _, instance := range view.UnplacedInstances(p.pending) {
+		pass.instance(b, instance)
+	}
+	p.proposed, p.blocked = pass.next, pass.blocked
+	return pass.decisions
+}
+
+// forget lets decisions be proposed again.
+func (p *planner) forget(decisions []*pb.PlaceDecision) {
+	for _, d := range decisions {
+		delete(p.proposed, subject{id: d.GetInstanceId()})
+		delete(p.proposed, subject{provider: true, id: d.GetProviderId()})
+	}
+}
+
+// pass collects the decisions of one walk over what is to be placed.
+type pass struct {
+	proposed, next map[subject]attempt
+	decisions      []*pb.PlaceDecision
+	blocked        int
+}
+
+func (p *pass) full() bool { return len(p.decisions) >= maxDecisions }
+
+func (p *pass) instance(b *batch, instance *pb.Instance) {
+	if p.full() {
+		return
+	}
+	key := subject{id: instance.GetId()}
+	o := b.instance(instance)
+	a := attempt{instance.GetPlacement().GetGeneration(), o}
+	if o.NodeID == "" && fsm.Placed(instance) {
+		// It is to leave a draining node and goes on there: a drain ends nothing that
+		// has no successor.
+		p.blocked++
+		return
+	}
+	if p.record(key, a, instance.GetStatus().GetMessage()) {
+		p.decisions = append(p.decisions, &pb.PlaceDecision{
+			InstanceId: key.id, SeenGeneration: a.generation,
+			NodeId: o.NodeID, NodeEpoch: o.Epoch, Message: o.message,
+		})
+	}
+}
+
+func (p *pass) provider(b *batch, provider *pb.Provider) {
+	if p.full() {
+		return
+	}
+	key := subject{provider: true, id: provider.GetId()}
+	o := b.provider(provider)
+	a := attempt{provider.GetPlacement().GetGeneration(), o}
+	if p.record(key, a, provider.GetStatus().GetMessage()) {
+		p.decisions = append(p.decisions, &pb.PlaceDecision{
+			ProviderId: key.id, SeenGeneration: a.generation,
+			NodeId: o.NodeID, NodeEpoch: o.Epoch, Message: o.message,
+		})
+	}
+}
+
+// record remembers an attempt and reports whether it is to be proposed; recorded
+// is the reason that the registry holds already.
+func (p *pass) record(key subject, a attempt, recorded string) bool {
+	if a.outcome.NodeID == "" {
+		p.blocked++
+		if a.outcome.message == recorded {
+			return false
+		}
+	}
+	p.next[key] = a
+	return p.proposed[key] != a
+}

@@ -1,0 +1,300 @@
+package cluster
+
+import (
+	"context"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/hashicorp/raft"
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	"github.com/wasmatrix/wasmatrix/apierror"
+	"github.com/wasmatrix/wasmatrix/fsm"
+	"github.com/wasmatrix/wasmatrix/identity"
+	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
+)
+
+// Register adds ClusterService to a server. The server's interceptors must
+// authenticate callers and end with ForwardUnary.
+func (p *Peer) Register(server grpc.ServiceRegistrar) {
+	pb.RegisterClusterServiceServer(server, &service{peer: p})
+}
+
+// service is the gRPC face of a peer.
+type service struct {
+	pb.UnimplementedClusterServiceServer
+	peer *Peer
+}
+
+// Status tells what this peer knows of the cluster. Every authenticated caller may ask.
+func (s *service) Status(ctx context.Context, _ *pb.StatusRequest) (*pb.StatusResponse, error) {
+	if _, ok := identity.Caller(ctx); !ok {
+		return nil, denied("the status of the cluster")
+	}
+	return s.peer.status(), nil
+}
+
+// Join adds a peer. One that asks has no past, or lost it, so what it promised
+// before must not count any more: a member is removed first and comes back as a
+// non-voter. That also makes Raft forget how long it has been failing to reach it.
+func (s *service) Join(ctx context.Context, req *pb.JoinRequest) (*pb.JoinResponse, error) {
+	p := s.peer
+	if !mayActFor(ctx, req.GetPeerId()) {
+		return nil, denied("the membership of " + req.GetPeerId())
+	}
+	if req.GetPeerId() == p.cfg.ID {
+		return nil, apierror.New(pb.ErrorCode_ERROR_CODE_CONFLICT, "the leader itself has the id %s", req.GetPeerId()).
+			Next("give each peer an id and a certificate of its own")
+	}
+	id := raft.ServerID(req.GetPeerId())
+	if suffrage, member := p.suffrage(req.GetPeerId()); member {
+		p.log.Warn("a member joins again", "id", id, "was", suffrage.String())
+		if err := p.removeServer(ctx, id); err != nil {
+			return nil, err
+		}
+	}
+	if err := p.vacate(ctx, req.GetRaftAddress()); err != nil {
+		return nil, err
+	}
+	index, err := p.reconfigure(ctx, func(r *raft.Raft) raft.IndexFuture {
+		return r.AddNonvoter(id, raft.ServerAddress(req.GetRaftAddress()), 0, configLimit)
+	})
+	if err != nil {
+		return nil, err
+	}
+	p.log.Info("a peer joined", "id", id, "raft_address", req.GetRaftAddress())
+	err = p.putPeer(ctx, &pb.Peer{Id: req.GetPeerId(), RaftAddress: req.GetRaftAddress(), ApiAddress: req.GetApiAddress()})
+	if err != nil {
+		return nil, apierror.From(err)
+	}
+	return &pb.JoinResponse{Index: index}, nil
+}
+
+// vacate corrects the Raft configuration when it still has another peer at an
+// address that this peer left: Raft takes each address only once.
+func (p *Peer) vacate(ctx context.Context, address string) error {
+	for _, s := range p.servers() {
+		moved := p.recordedAddress(string(s.ID))
+		if string(s.Address) != address || moved == address {
+			continue
+		}
+		_, err := p.reconfigure(ctx, func(r *raft.Raft) raft.IndexFuture {
+			if s.Suffrage == raft.Voter {
+				return r.AddVoter(s.ID, raft.ServerAddress(moved), 0, configLimit)
+			}
+			return r.AddNonvoter(s.ID, raft.ServerAddress(moved), 0, configLimit)
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (p *Peer) removeServer(ctx context.Context, id raft.ServerID) error {
+	_, err := p.reconfigure(ctx, func(r *raft.Raft) raft.IndexFuture { return r.RemoveServer(id, 0, configLimit) })
+	return err
+}
+
+// Remove takes a peer out of the Raft configuration and the registry.
+func (s *service) Remove(ctx context.Context, req *pb.RemoveRequest) (*pb.RemoveResponse, error) {
+	p := s.peer
+	if !isAdmin(ctx) {
+		return nil, denied("the membership of " + req.GetPeerId())
+	}
+	if _, ok := p.suffrage(req.GetPeerId()); !ok {
+		return nil, p.notAPeer(req.GetPeerId())
+	}
+	alive := func(id string) bool {
+		m, ok := p.member(id)
+		return id == p.cfg.ID || ok && m.Alive
+	}
+	if why := mayRemove(p.servers(), req.GetPeerId(), alive); why != "" && !req.GetForce() {
+		return nil, apierror.New(pb.ErrorCode_ERROR_CODE_CONFLICT, "removing %s could end the quorum: %s", req.GetPeerId(), why).
+			Next("start the peers that are down, or remove it with --force")
+	}
+	index, err := p.reconfigure(ctx, func(r *raft.Raft) raft.IndexFuture {
+		return r.RemoveServer(raft.ServerID(req.GetPeerId()), 0, configLimit)
+	})
+	if err != nil {
+		return nil, err
+	}
+	p.log.Info("a peer was removed", "id", req.GetPeerId())
+	// When the leader removed itself the next one tidies the registry.
+	if req.GetPeerId() != p.cfg.ID {
+		if err := p.forgetPeer(ctx, req.GetPeerId()); err != nil {
+			return nil, apierror.From(err)
+		}
+	}
+	return &pb.RemoveResponse{Index: index}, nil
+}
+
+// Promote makes a non-voter a voter. A peer asks for itself once it has caught up.
+func (s *service) Promote(ctx context.Context, req *pb.PromoteRequest) (*pb.PromoteResponse, error) {
+	p := s.peer
+	if !mayActFor(ctx, req.GetPeerId()) {
+		return nil, denied("the vote of " + req.GetPeerId())
+	}
+	servers := p.servers()
+	at := slices.IndexFunc(servers, func(s raft.Server) bool { return string(s.ID) == req.GetPeerId() })
+	if at < 0 {
+		return nil, p.notAPeer(req.GetPeerId())
+	}
+	index, err := p.reconfigure(ctx, func(r *raft.Raft) raft.IndexFuture {
+		return r.AddVoter(servers[at].ID, servers[at].Address, 0, configLimit)
+	})
+	if err != nil {
+		return nil, err
+	}
+	p.log.Info("a peer became a voter", "id", req.GetPeerId())
+	return &pb.PromoteResponse{Index: index}, nil
+}
+
+// TransferLeadership hands leadership to another voter and answers when that
+// one, or whoever was elected instead, is known.
+func (s *service) TransferLeadership(ctx context.Context, req *pb.TransferLeadershipRequest) (*pb.TransferLeadershipResponse, error) {
+	p := s.peer
+	if !isAdmin(ctx) {
+		return nil, denied("the leadership")
+	}
+	r, leave := p.enter()
+	defer leave()
+	if r == nil {
+		return nil, p.noLeader()
+	}
+	if req.GetPeerId() == p.cfg.ID {
+		return &pb.TransferLeadershipResponse{LeaderId: p.cfg.ID, PreviousLeaderId: p.cfg.ID}, nil
+	}
+	transfer := r.LeadershipTransfer
+	if id := req.GetPeerId(); id != "" {
+		if suffrage, ok := p.suffrage(id); !ok {
+			return nil, p.notAPeer(id)
+		} else if suffrage != raft.Voter {
+			return nil, apierror.New(pb.ErrorCode_ERROR_CODE_CONFLICT, "%s is not a voter", id).Next("wasmatrix cluster peers")
+		}
+		transfer = func() raft.Future {
+			return r.LeadershipTransferToServer(raft.ServerID(id), raft.ServerAddress(p.recordedAddress(id)))
+		}
+	}
+	if err := p.flights.await(ctx, transfer()); err != nil {
+		if ctx.Err() != nil {
+			return nil, contextError(ctx)
+		}
+		return nil, p.changeError("hand leadership over", err)
+	}
+	leader, err := p.waitLeader(ctx, p.cfg.ID)
+	if err != nil {
+		return nil, err
+	}
+	return &pb.TransferLeadershipResponse{LeaderId: leader, PreviousLeaderId: p.cfg.ID}, nil
+}
+
+// waitLeader waits for a leader other than before; if none is known in time the
+// election came out as before.
+func (p *Peer) waitLeader(ctx context.Context, before string) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, p.cfg.Timers.LeaderWait)
+	defer cancel()
+	for {
+		changed := p.changed.wait()
+		id, _ := p.Leader()
+		if id != "" && id != before {
+			return id, nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			if id != "" {
+				return id, nil
+			}
+			return "", p.noLeader()
+		}
+	}
+}
+
+// status is what this peer knows of the cluster.
+func (p *Peer) status() *pb.StatusResponse {
+	view := p.state.View()
+	out := &pb.StatusResponse{
+		PeerId: p.cfg.ID, Cluster: p.cfg.Cluster, Version: p.cfg.Version,
+		StateHash: view.Hash(),
+		Instances: map[string]uint32{}, Providers: map[string]uint32{},
+		RaftState: "shutdown",
+	}
+	countState(view, out)
+	if r := p.raft.Load(); r != nil {
+		out.Term, out.CommitIndex, out.AppliedIndex, out.LastLogIndex = r.CurrentTerm(), r.CommitIndex(), r.AppliedIndex(), r.LastIndex()
+		out.RaftState = strings.ToLower(r.State().String())
+	}
+	out.LeaderId, out.LeaderApiAddress = p.Leader()
+	if since := p.role.leaderless.Load(); since != 0 && out.LeaderId == "" {
+		out.WithoutLeader = durationpb.New(time.Since(time.Unix(0, since)))
+	}
+	for _, s := range p.servers() {
+		out.Peers = append(out.Peers, p.peerStatus(s, out.LeaderId))
+	}
+	return out
+}
+
+func (p *Peer) peerStatus(s raft.Server, leader string) *pb.PeerStatus {
+	id := string(s.ID)
+	m, known := p.member(id)
+	out := &pb.PeerStatus{
+		Id: id, RaftAddress: p.recordedAddress(id), ApiAddress: p.apiAddress(id),
+		Voter: s.Suffrage == raft.Voter, Leader: id == leader, Alive: known && m.Alive, Self: id == p.cfg.ID,
+	}
+	switch {
+	case out.Self:
+		out.RaftAddress = m.Metadata.GetRaftAddress()
+		if p.role.outside.Load() {
+			out.Message = "removed from the cluster"
+		}
+	case !known:
+		out.Message = "never seen by gossip"
+	case m.Left:
+		out.Message = "stopped " + time.Since(m.Since).Round(time.Second).String() + " ago"
+	case !m.Alive:
+		out.Message = "unreachable for " + time.Since(m.Since).Round(time.Second).String()
+	case p.IsLeader() && p.role.contacts.isLost(id):
+		out.Message = "alive, and does not answer the leader"
+	}
+	return out
+}
+
+func countState(view fsm.View, out *pb.StatusResponse) {
+	for _, n := range view.Nodes(nil) {
+		if n.GetState() == pb.NodeState_NODE_STATE_READY {
+			out.NodesReady++
+		} else {
+			out.NodesLost++
+		}
+	}
+	for _, i := range view.Instances(nil) {
+		out.Instances[strings.TrimPrefix(i.GetStatus().GetState().String(), "INSTANCE_STATE_")]++
+	}
+	for _, pr := range view.Providers(nil) {
+		out.Providers[strings.TrimPrefix(pr.GetStatus().GetState().String(), "PROVIDER_STATE_")]++
+	}
+}
+
+func (p *Peer) notAPeer(id string) error {
+	return apierror.New(pb.ErrorCode_ERROR_CODE_NODE_NOT_FOUND, "%s is not a peer of the cluster", id).
+		With("peer", id).Next("wasmatrix cluster peers")
+}
+
+func isAdmin(ctx context.Context) bool {
+	caller, ok := identity.Caller(ctx)
+	return ok && caller.IsAdmin()
+}
+
+// mayActFor reports whether the caller is an operator, or the peer itself.
+func mayActFor(ctx context.Context, peer string) bool {
+	caller, ok := identity.Caller(ctx)
+	return ok && (caller.IsAdmin() || caller.IsPeer() && caller.Name == peer)
+}
+
+func denied(what string) error {
+	return apierror.New(pb.ErrorCode_ERROR_CODE_PERMISSION_DENIED, "the caller may not touch %s", what).
+		Next("use the certificate of an admin")
+}

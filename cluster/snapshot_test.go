@@ -1,0 +1,211 @@
+package cluster
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+
+	"github.com/wasmatrix/wasmatrix/apierror"
+	"github.com/wasmatrix/wasmatrix/cluster/gossip"
+	"github.com/wasmatrix/wasmatrix/fsm"
+	"github.com/wasmatrix/wasmatrix/identity"
+	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
+)
+
+func save(t *testing.T, conn grpc.ClientConnInterface) (data []byte, index uint64) {
+	t.Helper()
+	stream, err := pb.NewClusterServiceClient(conn).SnapshotSave(t.Context(), &pb.SnapshotSaveRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for {
+		piece, err := stream.Recv()
+		if errors.Is(err, io.EOF) {
+			return data, index
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		data, index = append(data, piece.GetChunk()...), piece.GetIndex()
+	}
+}
+
+func restore(t *testing.T, conn grpc.ClientConnInterface, data []byte) (uint64, error) {
+	t.Helper()
+	stream, err := pb.NewClusterServiceClient(conn).SnapshotRestore(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for len(data) > 0 {
+		n := min(len(data), 1000)
+		if err := stream.Send(&pb.SnapshotRestoreRequest{Chunk: data[:n]}); err != nil {
+			break
+		}
+		data = data[n:]
+	}
+	resp, err := stream.CloseAndRecv()
+	return resp.GetIndex(), err
+}
+
+func TestSnapshotIsSavedAndRestoredThroughAnyPeer(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	follower := l.other(l.three())
+	l.put("kept")
+	data, index := save(t, l.admin(follower))
+	if index == 0 || len(data) == 0 {
+		t.Fatalf("%d bytes at index %d", len(data), index)
+	}
+	l.put("later")
+	after, err := restore(t, l.admin(follower), data)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if after <= index {
+		t.Errorf("index %d after the restore of index %d", after, index)
+	}
+	for id, p := range l.peers {
+		l.eventually(id+" has the restored state", func() bool {
+			view := p.state.View()
+			return has(view, "kept") && !has(view, "later")
+		})
+	}
+	l.put("anew")
+	l.everywhere("anew")
+	l.eventually("all peers have the same state", func() bool {
+		hashes := map[string]bool{}
+		for _, p := range l.peers {
+			hashes[p.state.View().Hash()] = true
+		}
+		return len(hashes) == 1
+	})
+}
+
+func TestSnapshotCanSeedAnotherCluster(t *testing.T) {
+	t.Parallel()
+	first, second := newLab(t), newLab(t)
+	first.start("a1", expect(1))
+	first.put("moved")
+	data, _ := save(t, first.admin(first.leader()))
+	second.start("b1", expect(1))
+	p := second.leader()
+	if _, err := restore(t, second.admin(p), data); err != nil {
+		t.Fatal(err)
+	}
+	// The peers of the other cluster came with the snapshot and are tidied away.
+	second.eventually("the registry has the record and its own peers only", func() bool {
+		view := p.state.View()
+		_, foreign := view.Peer("a1")
+		_, own := view.Peer("b1")
+		return has(view, "moved") && own && !foreign
+	})
+}
+
+func TestBadSnapshotIsRefused(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	l.start("n1", expect(1))
+	l.put("kept")
+	p := l.leader()
+	data, _ := save(t, l.admin(p))
+	damaged := append([]byte(nil), data...)
+	damaged[len(damaged)/2] ^= 1
+	for name, bad := range map[string][]byte{"empty": nil, "cut short": data[:len(data)-1], "flipped bit": damaged, "something else": []byte("hello")} {
+		if _, err := restore(t, l.admin(p), bad); apierror.CodeOf(err) != pb.ErrorCode_ERROR_CODE_INVALID_REQUEST {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	worker := l.dialAs(identity.Subject{Kind: identity.Node, Name: "w", Role: identity.RoleWorker}, p)
+	if _, err := restore(t, worker, data); apierror.CodeOf(err) != pb.ErrorCode_ERROR_CODE_PERMISSION_DENIED {
+		t.Errorf("a worker restored a snapshot: %v", err)
+	}
+	if !has(p.state.View(), "kept") {
+		t.Error("the state is gone")
+	}
+	l.put("after")
+}
+
+func TestLaggingPeerGetsASnapshot(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	small := func(c *Config) { c.Snapshots = Snapshots{Threshold: 20, Trailing: 5, Interval: 50 * time.Millisecond} }
+	leader := l.three(small)
+	behind := l.other(leader)
+	id := behind.cfg.ID
+	behind.stop()
+	for i := range 60 {
+		l.put(fmt.Sprintf("w%d", i))
+	}
+	for name, p := range l.peers {
+		l.eventually(name+" has compacted its log", func() bool {
+			return p.raft.Load().Stats()["last_snapshot_index"] != "0"
+		})
+	}
+	again := l.start(id, small)
+	l.everywhere("w59")
+	if restored := again.state.View(); !has(restored, "w0") {
+		t.Error("the snapshot lacks what the log does not have any more")
+	}
+	// And a restart reads its own snapshot.
+	again.stop()
+	again = l.start(id, small)
+	l.eventually("the snapshot is read", func() bool { return has(again.state.View(), "w0") })
+}
+
+// The real gossip, as in production.
+func TestPeersFindEachOtherByGossip(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	gossips := map[string]*gossip.Gossip{}
+	seed := ""
+	for _, id := range []string{"n1", "n2", "n3"} {
+		p := l.start(id, expect(3), func(c *Config) {
+			c.Seams.Members = nil
+			c.Gossip = gossip.Config{Bind: "127.0.0.1:0", Key: []byte("0123456789abcdef")}
+			if seed != "" {
+				c.Gossip.Join = []string{seed}
+			}
+		})
+		l.eventually(id+" listens for gossip", func() bool {
+			source := p.members.Load()
+			if source == nil {
+				return false
+			}
+			g, ok := source.MemberSource.(*gossip.Gossip)
+			if !ok {
+				return false
+			}
+			gossips[id] = g
+			return g.Address() != ""
+		})
+		seed = gossips[id].Address()
+	}
+	l.leader()
+	l.voters("n1", "n2", "n3")
+	l.put("w")
+	l.everywhere("w")
+}
+
+func TestViewIsImmutableWhileCommandsAreApplied(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	p := l.start("n1", expect(1))
+	l.put("w")
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	defer cancel()
+	var view fsm.View
+	l.eventually("a linearizable read works", func() (ok bool) {
+		var err error
+		view, err = p.View(ctx, nil)
+		return err == nil
+	})
+	l.put("x")
+	if has(view, "x") {
+		t.Error("a view changed")
+	}
+}

@@ -1,0 +1,314 @@
+package cluster
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/hashicorp/raft"
+
+	"github.com/wasmatrix/wasmatrix/identity"
+)
+
+var (
+	errSealed  = errors.New("this peer has stopped sending until its disk answers again")
+	errNoVotes = errors.New("this peer does not vote before it has joined again")
+)
+
+// guard stands between Raft and its transport. It keeps a peer that forgot its
+// past from voting, and a leader whose disk hangs from looking healthy.
+type guard struct {
+	raft.Transport
+	preVote  raft.WithPreVote
+	consumer chan raft.RPC
+	mayVote  atomic.Bool
+	seals    atomic.Int32
+}
+
+var (
+	_ raft.WithPreVote = (*guard)(nil)
+	_ raft.WithClose   = (*guard)(nil)
+)
+
+func newGuard(inner raft.Transport) (*guard, error) {
+	preVote, ok := inner.(raft.WithPreVote)
+	if !ok {
+		return nil, fmt.Errorf("%w: the raft transport cannot ask for pre-votes", ErrConfig)
+	}
+	return &guard{Transport: inner, preVote: preVote, consumer: make(chan raft.RPC)}, nil
+}
+
+// run passes incoming messages to Raft until ctx ends.
+func (g *guard) run(ctx context.Context) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case rpc := <-g.Transport.Consumer():
+			if g.refuses(rpc.Command) {
+				rpc.Respond(nil, errNoVotes)
+				continue
+			}
+			select {
+			case <-ctx.Done():
+				return
+			case g.consumer <- rpc:
+			}
+		}
+	}
+}
+
+func (g *guard) refuses(command any) bool {
+	switch command.(type) {
+	case *raft.RequestVoteRequest, *raft.RequestPreVoteRequest, *raft.TimeoutNowRequest:
+		return !g.mayVote.Load()
+	default:
+		return false
+	}
+}
+
+// seal stops everything this peer sends; each seal needs its unseal.
+func (g *guard) seal() { g.seals.Add(1) }
+
+func (g *guard) unseal() { g.seals.Add(-1) }
+
+func (g *guard) check() error {
+	if g.seals.Load() > 0 {
+		return errSealed
+	}
+	return nil
+}
+
+// Consumer returns the messages that Raft shall handle.
+func (g *guard) Consumer() <-chan raft.RPC { return g.consumer }
+
+// AppendEntriesPipeline is refused: pipelining can wedge a follower.
+func (g *guard) AppendEntriesPipeline(raft.ServerID, raft.ServerAddress) (raft.AppendPipeline, error) {
+	return nil, raft.ErrPipelineReplicationNotSupported
+}
+
+// AppendEntries sends entries, or a heartbeat. While the disk hangs it sends
+// nothing, and what was answered meanwhile does not count either.
+func (g *guard) AppendEntries(id raft.ServerID, target raft.ServerAddress, args *raft.AppendEntriesRequest, resp *raft.AppendEntriesResponse) error {
+	if err := g.check(); err != nil {
+		return err
+	}
+	if err := g.Transport.AppendEntries(id, target, args, resp); err != nil {
+		return err
+	}
+	return g.check()
+}
+
+// RequestVote asks for a vote.
+func (g *guard) RequestVote(id raft.ServerID, target raft.ServerAddress, args *raft.RequestVoteRequest, resp *raft.RequestVoteResponse) error {
+	if err := g.check(); err != nil {
+		return err
+	}
+	return g.Transport.RequestVote(id, target, args, resp)
+}
+
+// RequestPreVote asks whether a vote would be given.
+func (g *guard) RequestPreVote(id raft.ServerID, target raft.ServerAddress, args *raft.RequestPreVoteRequest, resp *raft.RequestPreVoteResponse) error {
+	if err := g.check(); err != nil {
+		return err
+	}
+	return g.preVote.RequestPreVote(id, target, args, resp)
+}
+
+// InstallSnapshot sends a snapshot.
+func (g *guard) InstallSnapshot(id raft.ServerID, target raft.ServerAddress, args *raft.InstallSnapshotRequest, resp *raft.InstallSnapshotResponse, data io.Reader) error {
+	if err := g.check(); err != nil {
+		return err
+	}
+	return g.Transport.InstallSnapshot(id, target, args, resp, data)
+}
+
+// TimeoutNow tells a peer to stand for election.
+func (g *guard) TimeoutNow(id raft.ServerID, target raft.ServerAddress, args *raft.TimeoutNowRequest, resp *raft.TimeoutNowResponse) error {
+	if err := g.check(); err != nil {
+		return err
+	}
+	return g.Transport.TimeoutNow(id, target, args, resp)
+}
+
+// Close closes the transport below, if it can be closed.
+func (g *guard) Close() error {
+	if c, ok := g.Transport.(raft.WithClose); ok {
+		return c.Close()
+	}
+	return nil
+}
+
+// named joins a peer's id and an address, so that who is meant travels with
+// where to dial through the connection pool of hashicorp/raft.
+func named(id raft.ServerID, address string) raft.ServerAddress {
+	return raft.ServerAddress(string(id) + "@" + address)
+}
+
+// addresses finds where a peer's Raft transport is.
+type addresses struct {
+	self raft.ServerAddress
+	id   raft.ServerID
+	// hint returns what gossip says, or ""; known what the Raft configuration says, or "".
+	hint, known func(id string) string
+}
+
+// ServerAddr implements raft.ServerAddressProvider.
+func (a *addresses) ServerAddr(id raft.ServerID) (raft.ServerAddress, error) {
+	if id == a.id {
+		return a.self, nil
+	}
+	for _, look := range []func(string) string{a.hint, a.known} {
+		if address := look(string(id)); address != "" {
+			return named(id, address), nil
+		}
+	}
+	return "", fmt.Errorf("no address of peer %s is known", id)
+}
+
+// streams is the network below Raft: mutual TLS, each connection bound to the
+// id of the peer that is meant.
+type streams struct {
+	*identity.StreamLayer
+	known func(id string) string
+
+	mu     sync.Mutex
+	open   map[*trackedConn]struct{}
+	closed bool
+}
+
+// Accept waits for the next connection.
+func (s *streams) Accept() (net.Conn, error) {
+	conn, err := s.StreamLayer.Accept()
+	if err != nil {
+		return nil, err
+	}
+	return s.track(conn)
+}
+
+// Dial connects to the peer named in address, "id@host:port". When nobody, or
+// somebody else, is there, it tries the address of the Raft configuration.
+func (s *streams) Dial(address raft.ServerAddress, timeout time.Duration) (net.Conn, error) {
+	id, at, ok := strings.Cut(string(address), "@")
+	if !ok {
+		return nil, fmt.Errorf("dial raft at %s: it is not known which peer that is", address)
+	}
+	conn, err := s.dial(id, at, timeout)
+	if other := s.known(id); err != nil && other != "" && other != at {
+		var again error
+		if conn, again = s.dial(id, other, timeout); again == nil {
+			err = nil
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	return s.track(conn)
+}
+
+func (s *streams) dial(id, address string, timeout time.Duration) (net.Conn, error) {
+	conn, err := s.StreamLayer.Dial(raft.ServerAddress(address), timeout)
+	if err != nil {
+		return nil, err
+	}
+	if got := peerName(conn); got != id {
+		return nil, errors.Join(fmt.Errorf("dial raft of %s at %s: %q is there", id, address, got), conn.Close())
+	}
+	return conn, nil
+}
+
+// peerName returns the name in the certificate at the other end, or "".
+func peerName(conn net.Conn) string {
+	secure, ok := conn.(*tls.Conn)
+	if !ok {
+		return ""
+	}
+	chain := secure.ConnectionState().PeerCertificates
+	if len(chain) == 0 || len(chain[0].URIs) != 1 {
+		return ""
+	}
+	subject, err := identity.ParseSubject(chain[0].URIs[0].String())
+	if err != nil {
+		return ""
+	}
+	return subject.Name
+}
+
+// track remembers a connection so that Close ends it: raft.NetworkTransport
+// leaves its connections open.
+func (s *streams) track(conn net.Conn) (net.Conn, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return nil, errors.Join(net.ErrClosed, conn.Close())
+	}
+	out := &trackedConn{Conn: conn, owner: s}
+	s.open[out] = struct{}{}
+	return out, nil
+}
+
+// Close stops listening and ends all connections.
+func (s *streams) Close() error {
+	s.mu.Lock()
+	s.closed = true
+	open := s.open
+	s.open = nil
+	s.mu.Unlock()
+	err := s.StreamLayer.Close()
+	for conn := range open {
+		// The other side may have gone first.
+		_ = conn.Conn.Close()
+	}
+	return err
+}
+
+type trackedConn struct {
+	net.Conn
+	owner *streams
+}
+
+// Close ends the connection.
+func (c *trackedConn) Close() error {
+	c.owner.mu.Lock()
+	delete(c.owner.open, c)
+	c.owner.mu.Unlock()
+	return c.Conn.Close()
+}
+
+// openTransport opens Raft over TLS.
+func openTransport(cfg Config, where *addresses) (raft.Transport, error) {
+	var advertise net.Addr
+	if cfg.RaftAdvertise != "" {
+		advertise = hostPort(cfg.RaftAdvertise)
+	}
+	layer, err := cfg.Identity.StreamLayer(cfg.RaftBind, advertise)
+	if err != nil {
+		return nil, err
+	}
+	where.self = raft.ServerAddress(layer.Addr().String())
+	return raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
+		ServerAddressProvider: where,
+		Logger:                newHCLog(cfg.Logger.With("component", "raft-net")),
+		Stream:                &streams{StreamLayer: layer, known: where.known, open: map[*trackedConn]struct{}{}},
+		MaxPool:               3,
+		// Pipelining can wedge a follower.
+		MaxRPCsInFlight: 1,
+		Timeout:         raftIOTimeout,
+	}), nil
+}
+
+// hostPort is an address that may name a host, which net.TCPAddr cannot.
+type hostPort string
+
+// Network returns "tcp".
+func (hostPort) Network() string { return "tcp" }
+
+// String returns host:port.
+func (a hostPort) String() string { return string(a) }

@@ -1,0 +1,276 @@
+package node
+
+import (
+	"context"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"path/filepath"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/health"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+
+	"github.com/wasmatrix/wasmatrix/cluster"
+	"github.com/wasmatrix/wasmatrix/cluster/control"
+	"github.com/wasmatrix/wasmatrix/cluster/dispatch"
+	"github.com/wasmatrix/wasmatrix/cluster/gossip"
+	"github.com/wasmatrix/wasmatrix/cluster/modules"
+	"github.com/wasmatrix/wasmatrix/cluster/schedule"
+	"github.com/wasmatrix/wasmatrix/fsm"
+	"github.com/wasmatrix/wasmatrix/identity"
+	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
+	"github.com/wasmatrix/wasmatrix/rpc"
+)
+
+// rpcGrace is how long calls under way may take when a server stops.
+const rpcGrace = 3 * time.Second
+
+// peerProcess is everything of one control-plane peer.
+type peerProcess struct {
+	cfg      Config
+	log      *slog.Logger
+	id       *identity.Identity
+	registry *prometheus.Registry
+
+	peer       *cluster.Peer
+	control    *control.Service
+	dispatcher *dispatch.Dispatcher
+	replicator *modules.Replicator
+	store      *modules.Store
+	pool       *identity.Pool
+	server     *grpc.Server
+	health     *health.Server
+}
+
+func newPeerProcess(cfg Config, log *slog.Logger) (*peerProcess, error) {
+	p := &peerProcess{cfg: cfg, log: log.With("node", cfg.Node.Name), registry: newRegistry()}
+	var err error
+	if p.id, err = loadIdentity(cfg); err != nil {
+		return nil, err
+	}
+	p.pool = p.id.NewPool(anyNode, rpc.DialOptions()...)
+	if err := p.newPeer(); err != nil {
+		return nil, err
+	}
+	if err := p.newServices(); err != nil {
+		return nil, err
+	}
+	p.newServer()
+	return p, nil
+}
+
+func (p *peerProcess) newPeer() (err error) {
+	key, err := base64.StdEncoding.DecodeString(p.cfg.Join.GossipKey)
+	if err != nil {
+		return fmt.Errorf("join.gossip_key: want base64: %w", err)
+	}
+	deadPeerAfter := *p.cfg.Raft.DeadPeerAfter
+	if deadPeerAfter == 0 {
+		deadPeerAfter = -1
+	}
+	p.peer, err = cluster.New(cluster.Config{
+		ID: p.cfg.Node.Name, Cluster: p.cfg.Cluster, Version: Version,
+		DataDir:  filepath.Join(p.cfg.DataDir, "raft"),
+		RaftBind: p.cfg.bound(portRaft), RaftAdvertise: p.cfg.advertised(portRaft), APIAdvertise: p.cfg.APIAddress(),
+		Gossip: gossip.Config{
+			Bind: p.cfg.bound(portGossip), Advertise: p.cfg.GossipAddress(), Join: p.cfg.Join.Peers, Key: key, Logger: p.log,
+		},
+		BootstrapExpect: p.cfg.Join.BootstrapExpect,
+		Timers:          cluster.Timers{Heartbeat: p.cfg.Raft.HeartbeatTimeout, DeadPeerAfter: deadPeerAfter},
+		Snapshots:       cluster.Snapshots{Threshold: p.cfg.Raft.SnapshotThreshold},
+		Identity:        p.id, Logger: p.log, Registerer: p.registry,
+	})
+	return err
+}
+
+func (p *peerProcess) newServices() (err error) {
+	if p.store, err = modules.NewStore(modules.StoreConfig{Dir: p.cfg.DataDir}); err != nil {
+		return err
+	}
+	p.replicator, err = modules.NewReplicator(modules.Config{
+		Self: p.cfg.Node.Name, Store: p.store, Registry: p.peer, Peers: p.peerRefs, Conn: p.conn, Logger: p.log, Metrics: p.registry,
+	})
+	if err != nil {
+		return err
+	}
+	p.control, err = control.New(control.Config{
+		Proposer: p.peer, Viewer: p.peer, LeaderConn: p.peer.LeaderConn, Modules: p.replicator, AgentConn: p.conn,
+		Explain: func(v fsm.View, i *pb.Instance) []*pb.NodeVerdict { return schedule.Explain(v, i) },
+		Logger:  p.log,
+	})
+	if err != nil {
+		return err
+	}
+	scheduler, err := schedule.New(schedule.Config{Viewer: p.peer, Proposer: p.peer, Logger: p.log, Registerer: p.registry})
+	if err != nil {
+		return err
+	}
+	p.dispatcher, err = dispatch.New(dispatch.Config{Peer: p.peer, Logger: p.log, Registerer: p.registry})
+	if err != nil {
+		return err
+	}
+	p.peer.Lead(scheduler.Run, p.dispatcher.Run)
+	return nil
+}
+
+func (p *peerProcess) newServer() {
+	opts := rpc.ServerOptions(rpc.ServerConfig{Identity: p.id, Logger: p.log, Registerer: p.registry})
+	p.server = grpc.NewServer(append(opts, grpc.ChainUnaryInterceptor(p.peer.ForwardUnary()))...)
+	p.peer.Register(p.server)
+	p.control.Register(p.server)
+	p.dispatcher.Register(p.server)
+	modules.NewService(p.store, p.log).Register(p.server)
+	p.health = health.NewServer()
+	rpc.RegisterHealthAndReflection(p.server, p.health)
+}
+
+// conn returns a shared connection to a node's server.
+func (p *peerProcess) conn(address string) (grpc.ClientConnInterface, error) {
+	return p.pool.Conn(address)
+}
+
+// peerRefs lists the peers of the Raft configuration for the replication of modules.
+func (p *peerProcess) peerRefs(context.Context) []modules.PeerRef {
+	var refs []modules.PeerRef
+	for _, s := range p.peer.Peers() {
+		refs = append(refs, modules.PeerRef{ID: s.Id, Address: s.ApiAddress, Voter: s.Voter})
+	}
+	return refs
+}
+
+// Run serves until ctx ends, then stops in the reverse order: new calls are
+// refused, those under way finish, leadership is handed over, files are closed.
+// It calls opened once the peer holds its ports.
+func (p *peerProcess) Run(ctx context.Context, opened func()) (err error) {
+	defer func() { err = errors.Join(err, p.pool.Close()) }()
+	api, err := listen(p.cfg.bound(portAPI), "the API")
+	if err != nil {
+		return err
+	}
+	httpListeners, err := p.listenHTTP()
+	if err != nil {
+		return errors.Join(err, api.Close())
+	}
+	opened()
+	// Raft and gossip end last: a planned stop hands leadership over while the
+	// server can still answer.
+	below, stopBelow := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopBelow()
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error {
+		defer stopBelow()
+		return p.peer.Run(below)
+	})
+	g.Go(func() error {
+		err := p.replicator.Run(ctx)
+		return ignoreEnd(ctx, err)
+	})
+	g.Go(func() error {
+		return serveGRPC(ctx, p.server, api, func() { p.health.Shutdown(); p.control.Close() }, stopBelow)
+	})
+	handler := newHTTPHandler(p.gatherer(), map[string]check{"raft": p.ready})
+	for _, l := range httpListeners {
+		g.Go(func() error { return serveHTTP(ctx, l, handler) })
+	}
+	p.health.SetServingStatus("", healthpb.HealthCheckResponse_SERVING)
+	p.log.Info("peer serves", "api", p.cfg.APIAddress(), "raft", p.cfg.advertised(portRaft), "gossip", p.cfg.GossipAddress(), "version", Version)
+	return g.Wait()
+}
+
+func (p *peerProcess) listenHTTP() ([]net.Listener, error) {
+	l, err := listen(p.cfg.bound(portHTTP), "health and metrics")
+	if err != nil {
+		return nil, err
+	}
+	if p.cfg.Telemetry.MetricsAddr == "off" {
+		return []net.Listener{l}, nil
+	}
+	m, err := listen(p.cfg.Telemetry.MetricsAddr, "metrics (telemetry.metrics_addr)")
+	if err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
+	return []net.Listener{l, m}, nil
+}
+
+// ready says whether this peer takes part in a cluster that has a leader.
+func (p *peerProcess) ready() error {
+	if id, _ := p.peer.Leader(); id == "" {
+		return errors.New("no leader is known")
+	}
+	return nil
+}
+
+// gatherer adds the metrics of the agent process to those of this one.
+func (p *peerProcess) gatherer() prometheus.Gatherer {
+	if p.cfg.Node.Role != RoleBoth {
+		return p.registry
+	}
+	return prometheus.Gatherers{p.registry, agentGatherer{
+		client: &http.Client{Timeout: 2 * time.Second},
+		url:    "http://" + p.cfg.AgentHTTPAddress() + "/metrics",
+	}}
+}
+
+func newRegistry() *prometheus.Registry {
+	r := prometheus.NewRegistry()
+	r.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	return r
+}
+
+// loadIdentity loads the node's certificate and checks that it speaks for this node.
+func loadIdentity(cfg Config) (*identity.Identity, error) {
+	id, err := identity.Load(cfg.TLS.Dir)
+	if err != nil {
+		return nil, fmt.Errorf("load the node's certificate: %w", err)
+	}
+	if s := id.Self(); s.Kind != identity.Node || s.Name != cfg.Node.Name || s.Cluster != cfg.Cluster {
+		return nil, fmt.Errorf("the certificate in %s speaks for %s, and this is node %q of cluster %q: name them alike or issue another certificate",
+			cfg.TLS.Dir, s, cfg.Node.Name, cfg.Cluster)
+	}
+	return id, nil
+}
+
+func anyNode(s identity.Subject) bool { return s.Kind == identity.Node }
+
+func listen(address, what string) (net.Listener, error) {
+	l, err := net.Listen("tcp", address)
+	if err != nil {
+		return nil, fmt.Errorf("listen for %s: %w; is a node running on these ports already? See bind.port_base", what, err)
+	}
+	return l, nil
+}
+
+// serveGRPC serves until ctx ends, then ends streams, lets calls finish, and
+// calls after once the server takes no more calls.
+func serveGRPC(ctx context.Context, s *grpc.Server, l net.Listener, before, after func()) error {
+	stopped := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(stopped)
+		before()
+		force := time.AfterFunc(rpcGrace, s.Stop)
+		defer force.Stop()
+		after()
+		s.GracefulStop()
+	})
+	err := s.Serve(l)
+	if stop() {
+		return fmt.Errorf("serve grpc on %s: %w", l.Addr(), err)
+	}
+	<-stopped
+	return nil
+}
+
+func ignoreEnd(ctx context.Context, err error) error {
+	if ctx.Err() != nil && errors.Is(err, ctx.Err()) {
+		return nil
+	}
+	return err
+}

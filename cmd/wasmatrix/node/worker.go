@@ -1,0 +1,147 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/health"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+
+	"github.com/wasmatrix/wasmatrix/agent"
+	"github.com/wasmatrix/wasmatrix/identity"
+	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
+	"github.com/wasmatrix/wasmatrix/provider"
+	"github.com/wasmatrix/wasmatrix/provider/kv"
+	"github.com/wasmatrix/wasmatrix/quantity"
+	"github.com/wasmatrix/wasmatrix/rpc"
+	"github.com/wasmatrix/wasmatrix/runtime"
+	"github.com/wasmatrix/wasmatrix/runtime/wasm"
+)
+
+// CompileMain is the child process that compiles a module; see runtime/wasm.
+func CompileMain(args []string, stdin io.Reader, stderr io.Writer) int {
+	return wasm.CompileMain(args, stdin, stderr)
+}
+
+// agentProcess is everything of one agent.
+type agentProcess struct {
+	cfg      Config
+	log      *slog.Logger
+	id       *identity.Identity
+	registry *prometheus.Registry
+
+	agent   *agent.Agent
+	runtime runtime.Runtime
+	pool    *identity.Pool
+	server  *grpc.Server
+	health  *health.Server
+}
+
+func newAgentProcess(ctx context.Context, cfg Config, log *slog.Logger) (_ *agentProcess, err error) {
+	a := &agentProcess{cfg: cfg, log: log.With("node", cfg.Node.Name, "process", "agent"), registry: newRegistry()}
+	if a.id, err = loadIdentity(cfg); err != nil {
+		return nil, err
+	}
+	self, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	dir := filepath.Join(cfg.DataDir, "agent")
+	a.runtime, err = wasm.New(ctx, wasm.Config{
+		CacheDir: filepath.Join(dir, "compiled"), CompileCommand: []string{self, "internal", "compile"},
+		Logger: a.log, Registerer: a.registry,
+	})
+	if err != nil {
+		return nil, err
+	}
+	a.pool = a.id.NewPool(anyNode, rpc.DialOptions()...)
+	memory, err := quantity.ParseBytes(cfg.Limits.Memory)
+	if err != nil {
+		return nil, err
+	}
+	a.agent, err = agent.New(agent.Config{
+		Node: &pb.NodeInfo{
+			Id: cfg.Node.Name, AgentAddress: cfg.AgentAddress(), Labels: cfg.Node.Labels, Version: Version, Platform: platform(),
+			Capacity: &pb.NodeCapacity{Instances: cfg.Limits.Instances, MemoryBytes: memory}, Runtimes: []string{a.runtime.Name()},
+		},
+		DataDir: dir, Peers: cfg.Join.APIPeers, Providers: providerSpecs(cfg.Providers), Standalone: cfg.Node.Role == RoleStandalone,
+		Runtimes: map[string]runtime.Runtime{a.runtime.Name(): a.runtime}, DefaultRuntime: cfg.Runtime.Default,
+		Kinds:  providerKinds(),
+		Conn:   func(address string) (grpc.ClientConnInterface, error) { return a.pool.Conn(address) },
+		Logger: a.log, Registerer: a.registry,
+	})
+	if err != nil {
+		return nil, errors.Join(err, a.runtime.Close(ctx))
+	}
+	a.server = grpc.NewServer(rpc.ServerOptions(rpc.ServerConfig{Identity: a.id, Logger: a.log, Registerer: a.registry})...)
+	a.agent.Register(a.server)
+	a.health = health.NewServer()
+	rpc.RegisterHealthAndReflection(a.server, a.health)
+	return a, nil
+}
+
+// providerKinds are the types of provider that this binary can host.
+func providerKinds() map[string]provider.Kind {
+	k := kv.New(kv.Options{})
+	return map[string]provider.Kind{k.Type(): k}
+}
+
+func providerSpecs(declared []ProviderConfig) []*pb.ProviderSpec {
+	var out []*pb.ProviderSpec
+	for _, p := range declared {
+		out = append(out, &pb.ProviderSpec{Id: p.ID, Type: p.Type, Driver: p.Driver, Config: p.Config})
+	}
+	return out
+}
+
+// Run serves until ctx ends, then ends the instances in order and stops.
+func (a *agentProcess) Run(ctx context.Context) (err error) {
+	defer func() {
+		err = errors.Join(err, a.runtime.Close(context.WithoutCancel(ctx)), a.pool.Close())
+	}()
+	lock, err := lockAgent(a.cfg.DataDir)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	api, err := listen(a.cfg.bound(portAgent), "the agent's API")
+	if err != nil {
+		return err
+	}
+	web, err := listen(a.cfg.bound(portAgentHTTP), "the agent's health and metrics")
+	if err != nil {
+		return errors.Join(err, api.Close())
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return ignoreEnd(ctx, a.agent.Run(ctx)) })
+	g.Go(func() error { return serveGRPC(ctx, a.server, api, a.health.Shutdown, func() {}) })
+	g.Go(func() error { return serveHTTP(ctx, web, newHTTPHandler(a.registry, a.checks())) })
+	a.health.SetServingStatus("", healthpb.HealthCheckResponse_SERVING)
+	a.log.Info("agent serves", "api", a.cfg.AgentAddress(), "pid", os.Getpid(), "version", Version)
+	return g.Wait()
+}
+
+func (a *agentProcess) checks() map[string]check {
+	checks := map[string]check{}
+	for _, part := range a.agent.Ready() {
+		checks[part.Name] = func() error { return a.readiness(part.Name) }
+	}
+	return checks
+}
+
+func (a *agentProcess) readiness(name string) error {
+	for _, part := range a.agent.Ready() {
+		if part.Name == name && !part.Ready {
+			return fmt.Errorf("%s", part.Reason)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,57 @@
+// Package fsm is the replicated state of wasmatrix: nodes, peers, modules,
+// instances, capability providers, capability assignments, recent execution
+// facts and the answers to recent requests. Every control-plane peer applies
+// the same commands in the same order and so holds the same state.
+//
+// # What it must never do
+//
+// Apply is a pure function of the state and the command. The package starts no
+// goroutine, reads no clock, draws no random number and opens no connection;
+// ids and times travel in the command. It imports proto and go-memdb, and
+// hashicorp/raft only in raft.go. It never imports cluster, agent, runtime or
+// provider.
+//
+// # Records
+//
+// A record in a table is shared by every View and never changed. A transition
+// makes a shallow copy, gives the copy new values and puts it back; messages
+// inside a record (a spec, a status) are replaced whole. Nothing iterates a Go
+// map, so nothing depends on map order.
+//
+// # Refusals
+//
+// A command that does not fit the state is answered with a value,
+// CommandResult.error, and changes nothing but the memory of the answer.
+// Transitions check everything first and change records afterwards. A batch
+// command of the scheduler or of an agent (Place, ReportStatus) differs: its
+// entries stand alone, and one that is void is skipped without a word, because
+// losing a race is normal for it.
+//
+// # Requests that are repeated
+//
+// The answer to a request id, a refusal too, is kept for at least DedupAge of
+// command time unless DedupKept newer ones push it out. The same id with the
+// same digest gets that answer again, with the index of the first, and has no
+// other effect; with another digest it is a CONFLICT.
+//
+// # Time
+//
+// The state's time is the greatest command time seen. A command whose time is
+// older, missing or malformed happens at the state's time.
+//
+// # Generations
+//
+// Placement.generation counts the placements of an instance. It grows whenever
+// the instance may start in a place, or in an agent process, other than before;
+// at one generation node and epoch are fixed, so whoever holds a lower one is
+// fenced off. An unplaced instance keeps its number and the next placement is
+// one higher. An instance in state LOST still names the node it was lost with,
+// and Placed reports false for it: it belongs to no node's set any more.
+//
+// # Hash
+//
+// Each command folds its index and every record it changed, in order and in
+// deterministic encoding, into a running SHA-256. Two peers that applied the
+// same log have the same hash at the same index; View.Hash makes that
+// comparable.
+package fsm

@@ -1,0 +1,176 @@
+package fsm
+
+import (
+	"strconv"
+
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
+)
+
+// reportStatus records what an agent observed. The batch is refused as a whole
+// when it is not of the node's live epoch. Each entry is applied only if it is
+// about the generation that is placed there and is not older than what is
+// known; others are late or repeated and are skipped. The answer names those
+// that had an effect.
+func (t *tx) reportStatus(c *pb.ReportStatusRequest) ([]string, *refusal) {
+	node, ok := t.node(c.GetNodeId())
+	if !ok {
+		return nil, nodeNotFound(c.GetNodeId())
+	}
+	if node.GetEpoch() != c.GetEpoch() || !Ready(node) {
+		return nil, refuse(pb.ErrorCode_ERROR_CODE_CONFLICT,
+			"epoch %d of node %q is not alive", c.GetEpoch(), node.GetId()).
+			with("node", node.GetId()).
+			with("epoch", strconv.FormatUint(node.GetEpoch(), 10)).
+			with("state", node.GetState().String()).
+			next("register the node again")
+	}
+	var done []string
+	for _, r := range c.GetInstances() {
+		if t.reportInstance(node, r.GetInstanceId(), r.GetStatus()) {
+			done = append(done, r.GetInstanceId())
+		}
+	}
+	for _, r := range c.GetProviders() {
+		if t.reportProvider(node, r.GetProviderId(), r.GetStatus()) {
+			done = append(done, r.GetProviderId())
+		}
+	}
+	return done, nil
+}
+
+// held reports whether a node holds a placement in its present epoch at the
+// generation that a report is about. What was LOST, or ended under an agent
+// process before, was placed in an epoch that is dead.
+func held(node *pb.Node, p *pb.Placement, generation uint64) bool {
+	return p.GetNodeId() == node.GetId() && p.GetNodeEpoch() == node.GetEpoch() &&
+		p.GetGeneration() == generation
+}
+
+func (t *tx) reportInstance(node *pb.Node, id string, report *pb.InstanceStatus) bool {
+	in, ok := t.instance(id)
+	if !ok || !held(node, in.GetPlacement(), report.GetGeneration()) {
+		return false
+	}
+	known := in.GetStatus()
+	if !reportable(report.GetState()) || !supersedes(report, known) {
+		return false
+	}
+	next := observed(known, report)
+	if sameStatus(known, next) {
+		return false
+	}
+	out := shallow(in)
+	out.Status = next
+	t.putInstance(in, out)
+	t.reportEvents(out, known)
+	return true
+}
+
+// observed is the status after a report. Usage is never stored; what counts or
+// was once known is never taken back.
+func observed(known, report *pb.InstanceStatus) *pb.InstanceStatus {
+	return &pb.InstanceStatus{
+		State:       report.GetState(),
+		Generation:  report.GetGeneration(),
+		Attempt:     report.GetAttempt(),
+		Reason:      report.GetReason(),
+		Message:     line(report.GetMessage()),
+		ExitCode:    report.GetExitCode(),
+		CrashCount:  max(known.GetCrashCount(), report.GetCrashCount()),
+		NextRetryAt: pick(report.GetNextRetryAt(), nil),
+		StartedAt:   pick(report.GetStartedAt(), known.GetStartedAt()),
+		FinishedAt:  pick(report.GetFinishedAt(), known.GetFinishedAt()),
+	}
+}
+
+// pick returns reported unless it is missing or no valid time.
+func pick(reported, otherwise *timestamppb.Timestamp) *timestamppb.Timestamp {
+	if reported == nil || !reported.IsValid() {
+		return otherwise
+	}
+	return reported
+}
+
+// sameStatus reports whether two statuses made by this package say the same.
+func sameStatus(a, b *pb.InstanceStatus) bool {
+	return a.GetState() == b.GetState() && a.GetGeneration() == b.GetGeneration() &&
+		a.GetAttempt() == b.GetAttempt() && a.GetReason() == b.GetReason() &&
+		a.GetMessage() == b.GetMessage() && a.GetExitCode() == b.GetExitCode() &&
+		a.GetCrashCount() == b.GetCrashCount() && sameTime(a.GetNextRetryAt(), b.GetNextRetryAt()) &&
+		sameTime(a.GetStartedAt(), b.GetStartedAt()) && sameTime(a.GetFinishedAt(), b.GetFinishedAt())
+}
+
+func sameTime(a, b *timestamppb.Timestamp) bool {
+	return (a == nil) == (b == nil) && !before(a, b) && !before(b, a)
+}
+
+// reportEvents turns the difference that a report made into facts. An agent that
+// was cut off may report only how things stand by now; crashes it counted in
+// the meantime are told as such.
+func (t *tx) reportEvents(in *pb.Instance, known *pb.InstanceStatus) {
+	now := in.GetStatus()
+	crashes := now.GetCrashCount() - known.GetCrashCount()
+	fresh := now.GetState() != known.GetState() || now.GetAttempt() != known.GetAttempt()
+	message := now.GetMessage()
+	kind := pb.EventKind_EVENT_KIND_UNSPECIFIED
+	switch now.GetState() {
+	case pb.InstanceState_INSTANCE_STATE_RUNNING:
+		kind = pb.EventKind_EVENT_KIND_INSTANCE_STARTED
+		if now.GetAttempt() > 1 {
+			kind = pb.EventKind_EVENT_KIND_INSTANCE_RESTARTED
+		}
+	case pb.InstanceState_INSTANCE_STATE_CRASHED:
+		kind = pb.EventKind_EVENT_KIND_INSTANCE_CRASHED
+		if crashes > 0 {
+			crashes-- // this one is told below
+		}
+	case pb.InstanceState_INSTANCE_STATE_FAILED:
+		kind = pb.EventKind_EVENT_KIND_INSTANCE_FAILED
+	case pb.InstanceState_INSTANCE_STATE_COMPLETED:
+		kind = pb.EventKind_EVENT_KIND_INSTANCE_COMPLETED
+	case pb.InstanceState_INSTANCE_STATE_STOPPED:
+		kind = pb.EventKind_EVENT_KIND_INSTANCE_STOPPED
+	default:
+	}
+	if crashes > 0 && kind != pb.EventKind_EVENT_KIND_INSTANCE_FAILED {
+		t.instanceEvent(pb.EventKind_EVENT_KIND_INSTANCE_CRASHED, in,
+			"crashed "+times(crashes)+" since the report before")
+	}
+	if fresh && kind != pb.EventKind_EVENT_KIND_UNSPECIFIED {
+		if message == "" && now.GetReason() != pb.ExitReason_EXIT_REASON_UNSPECIFIED {
+			message = now.GetReason().String()
+		}
+		t.instanceEvent(kind, in, message)
+	}
+}
+
+func (t *tx) reportProvider(node *pb.Node, id string, report *pb.ProviderStatus) bool {
+	p, ok := t.provider(id)
+	if !ok || !held(node, p.GetPlacement(), report.GetGeneration()) {
+		return false
+	}
+	known, message := p.GetStatus(), line(report.GetMessage())
+	if !providerSupersedes(report.GetState(), known.GetState()) {
+		return false
+	}
+	if report.GetState() == known.GetState() && message == known.GetMessage() {
+		return false
+	}
+	out := t.withStatus(p, report.GetState(), message)
+	t.putProvider(out)
+	if report.GetState() == known.GetState() {
+		return true
+	}
+	switch report.GetState() {
+	case pb.ProviderState_PROVIDER_STATE_RUNNING:
+		t.providerEvent(pb.EventKind_EVENT_KIND_PROVIDER_STARTED, out, message)
+	case pb.ProviderState_PROVIDER_STATE_STOPPED:
+		t.providerEvent(pb.EventKind_EVENT_KIND_PROVIDER_STOPPED, out, message)
+	case pb.ProviderState_PROVIDER_STATE_FAILED:
+		t.providerEvent(pb.EventKind_EVENT_KIND_PROVIDER_FAILED, out, message)
+	default:
+	}
+	return true
+}

@@ -1,0 +1,66 @@
+package permission
+
+import "strings"
+
+// cutToken returns the first token of a subject and what follows its dot.
+func cutToken(s string) (token, rest string, more bool) {
+	return strings.Cut(s, ".")
+}
+
+// coversSubject reports whether every subject that need stands for matches
+// pattern. Both may hold NATS wildcards: * is one token, > is one token or more
+// at the end. A malformed need is never covered.
+func coversSubject(pattern, need string) bool {
+	for {
+		p, patternRest, patternMore := cutToken(pattern)
+		n, needRest, needMore := cutToken(need)
+		switch {
+		case !validToken(n) || n == ">" && needMore:
+			return false
+		case p == ">":
+			return !needMore || wellFormed(needRest)
+		case n == ">":
+			return false
+		case p != "*" && p != n:
+			return false
+		}
+		if !patternMore || !needMore {
+			return patternMore == needMore
+		}
+		pattern, need = patternRest, needRest
+	}
+}
+
+// wellFormed reports whether s is a subject, wildcards allowed.
+func wellFormed(s string) bool {
+	for {
+		token, rest, more := cutToken(s)
+		if !validToken(token) || token == ">" && more {
+			return false
+		}
+		if !more {
+			return true
+		}
+		s = rest
+	}
+}
+
+// literalSubject reports whether s is a subject without wildcards.
+func literalSubject(s string) bool {
+	return wellFormed(s) && strings.IndexByte(s, '*') < 0 && strings.IndexByte(s, '>') < 0
+}
+
+// validToken refuses what NATS refuses, and a wildcard inside a longer token:
+// NATS takes that literally, which is never what its author meant.
+func validToken(token string) bool {
+	if token == "" {
+		return false
+	}
+	for i := range len(token) {
+		c := token[i]
+		if c <= ' ' || c == 0x7f || (c == '*' || c == '>') && len(token) > 1 {
+			return false
+		}
+	}
+	return true
+}

@@ -1,0 +1,196 @@
+package kv
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"maps"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/wasmatrix/wasmatrix/permission"
+	"github.com/wasmatrix/wasmatrix/provider"
+)
+
+// Options are what a Kind needs of its surroundings.
+type Options struct {
+	// Log takes what happens in the background; nil discards it.
+	Log *slog.Logger
+	// Now is the clock that expiry goes by; nil means time.Now.
+	Now func() time.Time
+}
+
+// Kind is the key-value capability. It implements provider.Kind.
+type Kind struct {
+	log *slog.Logger
+	now func() time.Time
+}
+
+// New returns the key-value capability.
+func New(o Options) *Kind {
+	k := &Kind{log: o.Log, now: o.Now}
+	if k.log == nil {
+		k.log = slog.New(slog.DiscardHandler)
+	}
+	if k.now == nil {
+		k.now = time.Now
+	}
+	return k
+}
+
+// Type returns "kv".
+func (k *Kind) Type() string { return permission.KV }
+
+// Target returns the provider that the request names, or "".
+func (k *Kind) Target(operation string, payload []byte) (string, error) {
+	r, err := decode(operation, payload)
+	if err != nil {
+		return "", err
+	}
+	return string(r.provider), nil
+}
+
+// Need returns kv:read of the key for get and of the prefix for list, kv:write
+// for set and cas, and kv:delete for delete.
+func (k *Kind) Need(operation string, payload []byte) (permission.Need, error) {
+	r, err := decode(operation, payload)
+	if err == nil {
+		err = r.check(operation)
+	}
+	if err != nil {
+		return permission.Need{}, err
+	}
+	action := permission.Write
+	switch operation {
+	case opGet, opList:
+		action = permission.Read
+	case opDelete:
+		action = permission.Delete
+	}
+	return permission.Need{Capability: permission.KV, Action: action, Resource: string(r.key)}, nil
+}
+
+// Repeatable reports true for get and list. A set is not: between the two
+// another writer's value could be lost.
+func (k *Kind) Repeatable(operation string) bool { return operation == opGet || operation == opList }
+
+// Open opens a provider. Its errors are ErrInvalid for a wrong driver or
+// setting, ErrUnavailable when another process has the file open, ErrExhausted
+// on a full disk, and ErrInternal for a damaged file.
+func (k *Kind) Open(_ context.Context, cfg provider.Config) (provider.Provider, error) {
+	var s store
+	var err error
+	switch cfg.Driver {
+	case "", "bbolt":
+		var o boltOptions
+		if o, err = boltSettings(cfg); err == nil {
+			s, err = openBolt(o)
+		}
+	case "memory":
+		var limit int64
+		if limit, err = memorySettings(cfg); err == nil {
+			s = newMemory(limit)
+		}
+	default:
+		err = provider.Errorf(provider.ErrInvalid, "kv has no driver %q; expected bbolt or memory", cfg.Driver).
+			With("driver", cfg.Driver)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return newService(s, k.now, k.log.With("provider", cfg.ID)), nil
+}
+
+// settings reads a driver's settings one by one, so that unknown ones are left over.
+type settings struct {
+	driver string
+	rest   map[string]string
+	known  []string
+	err    error
+}
+
+func newSettings(driver string, m map[string]string) *settings {
+	return &settings{driver: driver, rest: maps.Clone(m)}
+}
+
+func (s *settings) take(key string) (string, bool) {
+	s.known = append(s.known, key)
+	v, ok := s.rest[key]
+	delete(s.rest, key)
+	return v, ok
+}
+
+func (s *settings) wrong(key, value, expected string) {
+	if s.err == nil {
+		s.err = provider.Errorf(provider.ErrInvalid, "setting %s of kv driver %s is %q; expected %s", key, s.driver, value, expected).
+			With("setting", key)
+	}
+}
+
+func (s *settings) choice(key string, values ...string) string {
+	v, ok := s.take(key)
+	if !ok {
+		return values[0]
+	}
+	if !slices.Contains(values, v) {
+		s.wrong(key, v, strings.Join(values, ", "))
+	}
+	return v
+}
+
+func (s *settings) size(key string, otherwise int64) int64 {
+	v, ok := s.take(key)
+	if !ok {
+		return otherwise
+	}
+	digits, unit := v, int64(1)
+	for suffix, u := range map[string]int64{"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40} {
+		if rest, found := strings.CutSuffix(v, suffix); found {
+			digits, unit = rest, u
+		}
+	}
+	n, err := strconv.ParseInt(digits, 10, 64)
+	if err != nil || n < 1 || n > (1<<62)/unit || n*unit < 64<<10 {
+		s.wrong(key, v, "a size of at least 64KiB such as 512MiB")
+		return otherwise
+	}
+	return n * unit
+}
+
+func (s *settings) done() error {
+	if s.err == nil && len(s.rest) > 0 {
+		unknown := slices.Sorted(maps.Keys(s.rest))
+		s.err = provider.Errorf(provider.ErrInvalid, "kv driver %s has no setting %s; expected %s",
+			s.driver, strings.Join(unknown, ", "), strings.Join(s.known, ", ")).With("setting", unknown[0])
+	}
+	return s.err
+}
+
+func memorySettings(cfg provider.Config) (limit int64, err error) {
+	s := newSettings("memory", cfg.Settings)
+	limit = s.size("max_bytes", 256<<20)
+	return limit, s.done()
+}
+
+func boltSettings(cfg provider.Config) (boltOptions, error) {
+	s := newSettings("bbolt", cfg.Settings)
+	o := boltOptions{
+		sync:   s.choice("fsync", "true", "false") == "true",
+		verify: s.choice("verify", "auto", "always", "never"),
+		limit:  s.size("max_bytes", 0),
+	}
+	if err := s.done(); err != nil {
+		return boltOptions{}, err
+	}
+	if cfg.Dir == "" {
+		return boltOptions{}, provider.Errorf(provider.ErrInvalid, "kv driver bbolt needs a directory")
+	}
+	if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {
+		return boltOptions{}, fmt.Errorf("make the directory of provider %s: %w", cfg.ID, fileError(cfg.Dir, err))
+	}
+	o.dir = cfg.Dir
+	return o, nil
+}

@@ -1,0 +1,58 @@
+package provider
+
+import "github.com/wasmatrix/wasmatrix/permission"
+
+// InstanceRecord is where an instance runs.
+type InstanceRecord struct {
+	// ID is the instance's id, Name the workload's name.
+	ID, Name string
+	// Node is the id of the node it is placed on, NodeEpoch that node's epoch at
+	// the time of the placement; 0 means not known.
+	Node      string
+	NodeEpoch uint64
+	// Generation counts the instance's placements, from 1.
+	Generation uint64
+}
+
+// ProviderRecord is where a provider runs.
+type ProviderRecord struct { //nolint:revive // named like InstanceRecord and NodeRecord
+	// ID is the provider's id.
+	ID string
+	// Type is "kv", "http", "messaging" or "external".
+	Type string
+	// Node is the id of the node it is placed on; empty when it is on none.
+	Node string
+	// Generation counts the provider's placements.
+	Generation uint64
+	// Running is true when the provider takes calls, as far as is known here. On
+	// the provider's own node its Host decides instead.
+	Running bool
+	// State is the provider's state in one word, for messages: "stopped".
+	State string
+}
+
+// Assignment lets one instance use one provider.
+type Assignment struct {
+	// Instance and Provider are the two ids.
+	Instance, Provider string
+	// Permissions are what the instance may do.
+	Permissions permission.Set
+	// Bucket is the key-value bucket that the instance sees.
+	Bucket string
+}
+
+// NodeRecord is where a node's agent listens.
+type NodeRecord struct {
+	// ID is the node's id.
+	ID string
+	// AgentAddress is host:port of its agent.
+	AgentAddress string
+}
+
+// Records is everything that a Directory knows.
+type Records struct {
+	Instances   []InstanceRecord
+	Providers   []ProviderRecord
+	Assignments []Assignment
+	Nodes       []NodeRecord
+}

@@ -1,0 +1,242 @@
+package provider
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/wasmatrix/wasmatrix/permission"
+)
+
+// DefaultSettleWithin is how long the serving side waits for records under way
+// before it refuses a call that they might allow.
+const DefaultSettleWithin = 500 * time.Millisecond
+
+// maxSettling bounds the calls that wait for records at the same time; others
+// are refused at once, so that forged calls cannot pile up.
+const maxSettling = 256
+
+// RemoteCall is one call to a provider of another node.
+type RemoteCall struct {
+	// Provider, Capability, Operation and Payload say what is called.
+	Provider, Capability, Operation string
+	Payload                         []byte
+	// Node is the id of the provider's node, for messages.
+	Node string
+	// Instance, Generation and NodeEpoch say who calls.
+	Instance              string
+	Generation, NodeEpoch uint64
+	// Repeatable is true when the operation may be carried out twice.
+	Repeatable bool
+}
+
+// Remote calls providers of other nodes.
+type Remote interface {
+	// Invoke calls the agent at address. Its errors are those of the serving
+	// side, ErrCommunication when it could not be reached or the connection
+	// broke, and ErrTimeout after ctx's deadline.
+	Invoke(ctx context.Context, address string, call RemoteCall) ([]byte, error)
+}
+
+// RouterConfig is what a Router is made of. All fields but Registerer and
+// SettleWithin are required.
+type RouterConfig struct {
+	// Directory is what this node knows.
+	Directory *Directory
+	// Host runs this node's providers.
+	Host *Host
+	// Kinds are the capabilities that guests may call.
+	Kinds []Kind
+	// Remote reaches other nodes' providers.
+	Remote Remote
+	// Registerer takes the metrics; nil for none.
+	Registerer prometheus.Registerer
+	// SettleWithin bounds how long the serving side waits for records under way;
+	// 0 means DefaultSettleWithin, negative not at all.
+	SettleWithin time.Duration
+}
+
+// Router carries capability calls to the providers that serve them.
+type Router struct {
+	directory *Directory
+	host      *Host
+	kinds     map[string]Kind
+	remote    Remote
+	metrics   *metrics
+	settle    time.Duration
+	settling  chan struct{} // one token for each call that may wait
+}
+
+// NewRouter returns a Router. It fails when the metrics cannot be registered.
+func NewRouter(cfg RouterConfig) (*Router, error) {
+	m, err := newMetrics(cfg.Registerer)
+	if err != nil {
+		return nil, err
+	}
+	r := &Router{
+		directory: cfg.Directory,
+		host:      cfg.Host,
+		kinds:     byType(cfg.Kinds),
+		remote:    cfg.Remote,
+		metrics:   m,
+		settle:    cfg.SettleWithin,
+		settling:  make(chan struct{}, maxSettling),
+	}
+	if r.settle == 0 {
+		r.settle = DefaultSettleWithin
+	}
+	return r, nil
+}
+
+// Port returns the view that one instance on this node has of its providers.
+// nodeEpoch is that of the instance's placement.
+func (r *Router) Port(instance string, generation, nodeEpoch uint64) *Port {
+	return &Port{router: r, caller: Caller{
+		Instance: instance, Generation: generation, NodeEpoch: nodeEpoch, Node: r.directory.Self(),
+	}}
+}
+
+// Port is one instance's way to its providers. It is safe for concurrent use
+// and needs no closing: when the instance is gone from the directory or has a
+// newer generation, its calls are refused.
+type Port struct {
+	router *Router
+	caller Caller
+}
+
+// Call makes one capability call: capability is "kv", operation the imported
+// function's name, payload the encoded request, valid only during the call. The
+// answer belongs to the caller. Its errors wrap the sentinels of this package.
+func (p *Port) Call(ctx context.Context, capability, operation string, payload []byte) ([]byte, error) {
+	start := time.Now()
+	answer, err := p.call(ctx, capability, operation, payload)
+	if err != nil {
+		err = p.router.complete(ctx, err)
+	}
+	p.router.metrics.observe(p.router.metrics.of(capability, operation), time.Since(start), err)
+	return answer, err
+}
+
+func (p *Port) call(ctx context.Context, capability, operation string, payload []byte) ([]byte, error) {
+	r := p.router
+	kind, ok := r.kinds[capability]
+	if !ok {
+		return nil, Errorf(ErrInvalid, "capability %q is unknown; expected %s", capability, r.known()).
+			With("capability", capability)
+	}
+	target, err := kind.Target(operation, payload)
+	if err != nil {
+		return nil, err
+	}
+	need, err := r.need(kind, operation, payload)
+	if err != nil {
+		return nil, err
+	}
+	if ctx.Err() != nil {
+		return nil, FromContext(ctx)
+	}
+	f := r.directory.Facts(p.caller.Instance, capability, target)
+	if target == "" && f.Candidates != 1 {
+		return nil, r.refuseChoice(&f, &p.caller, need)
+	}
+	if target == "" {
+		target = f.Assignment.Provider
+	}
+	grant, err := Decide(&f, &p.caller, target, need)
+	if err != nil {
+		return nil, err
+	}
+	if f.Provider.Node == p.caller.Node {
+		return r.host.Invoke(ctx, target, capability, Call{
+			Instance: p.caller.Instance, Name: grant.Name, Generation: p.caller.Generation,
+			Bucket: grant.Bucket, Operation: operation, Payload: payload,
+		})
+	}
+	if err := reachable(&f); err != nil {
+		return nil, err
+	}
+	repeatable, _ := kind.(Repeatable)
+	return r.remote.Invoke(ctx, f.Address, RemoteCall{
+		Provider: target, Capability: capability, Operation: operation, Payload: payload, Node: f.Provider.Node,
+		Instance: p.caller.Instance, Generation: p.caller.Generation, NodeEpoch: p.caller.NodeEpoch,
+		Repeatable: repeatable != nil && repeatable.Repeatable(operation),
+	})
+}
+
+// need asks the kind, and learns the operation for the metrics.
+func (r *Router) need(kind Kind, operation string, payload []byte) (permission.Need, error) {
+	need, err := kind.Need(operation, payload)
+	if err != nil {
+		return permission.Need{}, err
+	}
+	if need.Capability != kind.Type() {
+		return permission.Need{}, Errorf(ErrInternal, "capability %s asked for a permission of %q", kind.Type(), need.Capability)
+	}
+	if r.metrics.of(need.Capability, operation) == nil {
+		r.metrics.learn(need.Capability, operation)
+	}
+	return need, nil
+}
+
+// refuseChoice is for a call that names no provider where there is not exactly one.
+func (r *Router) refuseChoice(f *Facts, c *Caller, need permission.Need) error {
+	if err := checkInstance(f, c); err != nil {
+		return err
+	}
+	if f.Candidates == 0 {
+		return Errorf(ErrDenied, "%s was not granted any %s provider", f.Instance.Name, need.Capability).
+			With("instance", c.Instance).With("need", need.String()).
+			NextStep("%s", grantStep(f.Instance.Name, permission.Set{}, need, ""))
+	}
+	ids := strings.Join(r.directory.granted(c.Instance, need.Capability), ", ")
+	return Errorf(ErrInvalid, "%s was granted several %s providers; the call must name one of %s", f.Instance.Name, need.Capability, ids).
+		With("instance", c.Instance).With("providers", ids).
+		NextStep("set the request's provider field to one of %s", ids)
+}
+
+// reachable refuses a provider of another node that cannot take a call now.
+func reachable(f *Facts) error {
+	p := f.Provider
+	switch {
+	case p.Node == "":
+		return unavailable(p.ID, "it is placed on no node")
+	case !p.Running:
+		state := p.State
+		if state == "" {
+			state = "not running"
+		}
+		return unavailable(p.ID, "it is "+state).With("state", state).With("node", p.Node)
+	case f.Address == "":
+		return unavailable(p.ID, "the address of node "+p.Node+" is not known here").With("node", p.Node)
+	default:
+		return nil
+	}
+}
+
+// complete makes sure that an error wraps one of the sentinels, and that a call
+// which failed because its time was up says so.
+func (r *Router) complete(ctx context.Context, err error) error {
+	if _, own := errors.AsType[*Error](err); own {
+		return err
+	}
+	if ended := FromContext(ctx); ended != nil && (errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled)) {
+		return ended
+	}
+	if codeName(err) != "INTERNAL_ERROR" || errors.Is(err, ErrInternal) {
+		return err
+	}
+	return Errorf(ErrInternal, "%s", err).Because(err)
+}
+
+func (r *Router) known() string {
+	names := make([]string, 0, len(r.kinds))
+	for name := range r.kinds {
+		names = append(names, name)
+	}
+	slices.Sort(names)
+	return strings.Join(names, ", ")
+}

@@ -1,0 +1,108 @@
+package provider
+
+import (
+	"context"
+	"time"
+
+	"github.com/wasmatrix/wasmatrix/permission"
+)
+
+// Request is what an authenticated caller asks of a provider of this node.
+type Request struct {
+	// Provider is the provider's id; never empty.
+	Provider string
+	// Capability, Operation and Payload say what is asked.
+	Capability, Operation string
+	Payload               []byte
+}
+
+// Serve carries out a call that came from another node or from a user. Every
+// condition is checked against this node's own directory; of the request only
+// Caller.Node and Caller.User are believed, which the transport authenticated.
+//
+// The caller's node may know an assignment or a generation a moment earlier
+// than this one: for such a call Serve waits for the directory to change, up to
+// RouterConfig.SettleWithin. It fails with ErrUnavailable when the provider
+// does not run here.
+func (r *Router) Serve(ctx context.Context, caller Caller, req Request) ([]byte, error) {
+	answer, err := r.serve(ctx, &caller, &req)
+	if err != nil {
+		err = r.complete(ctx, err)
+	}
+	capability, operation := unknown, unknown
+	if m := r.metrics.of(req.Capability, req.Operation); m != nil {
+		capability, operation = m.capability, m.operation
+	}
+	r.metrics.served.WithLabelValues(capability, operation, codeName(err)).Inc()
+	return answer, err
+}
+
+func (r *Router) serve(ctx context.Context, caller *Caller, req *Request) ([]byte, error) {
+	kind, ok := r.kinds[req.Capability]
+	if !ok {
+		return nil, Errorf(ErrInvalid, "capability %q is unknown; expected %s", req.Capability, r.known()).
+			With("capability", req.Capability)
+	}
+	target, err := kind.Target(req.Operation, req.Payload)
+	if err != nil {
+		return nil, err
+	}
+	if req.Provider == "" || target != "" && target != req.Provider {
+		return nil, Errorf(ErrInvalid, "the call is for provider %q and its payload for %q", req.Provider, target)
+	}
+	need, err := r.need(kind, req.Operation, req.Payload)
+	if err != nil {
+		return nil, err
+	}
+	grant, err := r.decideHere(ctx, caller, req.Provider, need)
+	if err != nil {
+		return nil, err
+	}
+	return r.host.Invoke(ctx, req.Provider, req.Capability, Call{
+		Instance: caller.Instance, Name: grant.Name, Generation: caller.Generation,
+		Bucket: grant.Bucket, Operation: req.Operation, Payload: req.Payload,
+	})
+}
+
+// decideHere decides on a call to a provider of this node, again at each change
+// of the directory while the refusal may heal.
+func (r *Router) decideHere(ctx context.Context, caller *Caller, provider string, need permission.Need) (Grant, error) {
+	grant, err := r.decideOnce(caller, provider, need)
+	if err == nil || !Unsettled(err) || r.settle < 0 {
+		return grant, err
+	}
+	select {
+	case r.settling <- struct{}{}:
+		defer func() { <-r.settling }()
+	default:
+		return Grant{}, err
+	}
+	limit := time.NewTimer(r.settle)
+	defer limit.Stop()
+	for {
+		changed := r.directory.Changed() // before looking, so that no change is missed
+		grant, err = r.decideOnce(caller, provider, need)
+		if err == nil || !Unsettled(err) {
+			return grant, err
+		}
+		select {
+		case <-changed:
+		case <-limit.C:
+			return Grant{}, err
+		case <-ctx.Done():
+			return Grant{}, FromContext(ctx)
+		}
+	}
+}
+
+func (r *Router) decideOnce(caller *Caller, provider string, need permission.Need) (Grant, error) {
+	f := r.directory.Facts(caller.Instance, need.Capability, provider)
+	grant, err := Decide(&f, caller, provider, need)
+	if err != nil {
+		return Grant{}, err
+	}
+	if self := r.directory.Self(); f.Provider.Node != self {
+		return Grant{}, unavailable(provider, "it is not placed on node "+self).With("node", f.Provider.Node).mayHeal()
+	}
+	return grant, nil
+}

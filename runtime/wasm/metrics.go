@@ -1,0 +1,70 @@
+package wasm
+
+import (
+	"fmt"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+type metrics struct {
+	compile  prometheus.Histogram
+	failures *prometheus.CounterVec
+	lookups  *prometheus.CounterVec
+	corrupt  prometheus.Counter
+	loaded   prometheus.Gauge
+	memory   prometheus.Gauge
+	exits    *prometheus.CounterVec
+}
+
+// Where a module was found, as label of the lookups.
+const (
+	foundInMemory = "memory"
+	foundOnDisk   = "disk"
+	foundNowhere  = "miss"
+)
+
+func newMetrics(r prometheus.Registerer) (*metrics, error) {
+	m := &metrics{
+		compile: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name:    "wasmatrix_module_compile_duration_seconds",
+			Help:    "Time to compile a module that was in no cache.",
+			Buckets: prometheus.ExponentialBuckets(0.01, 2, 13),
+		}),
+		failures: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "wasmatrix_module_refusals_total",
+			Help: "Modules that were refused, by reason: invalid, expensive (to compile) or internal.",
+		}, []string{"reason"}),
+		lookups: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "wasmatrix_module_cache_lookups_total",
+			Help: "Lookups of compiled modules by where they were found: memory, disk or miss.",
+		}, []string{"found"}),
+		corrupt: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "wasmatrix_module_cache_corruptions_total",
+			Help: "Damaged entries of the cache on disk that were found and compiled again.",
+		}),
+		loaded: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "wasmatrix_modules_loaded",
+			Help: "Compiled modules in memory.",
+		}),
+		memory: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "wasmatrix_guest_memory_bytes",
+			Help: "Size of all linear memories of guests.",
+		}),
+		exits: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "wasmatrix_guest_exits_total",
+			Help: "Instances that ended, by reason.",
+		}, []string{"reason"}),
+	}
+	for _, found := range []string{foundInMemory, foundOnDisk, foundNowhere} {
+		m.lookups.WithLabelValues(found)
+	}
+	if r == nil {
+		return m, nil
+	}
+	for _, c := range []prometheus.Collector{m.compile, m.failures, m.lookups, m.corrupt, m.loaded, m.memory, m.exits} {
+		if err := r.Register(c); err != nil {
+			return nil, fmt.Errorf("registering metrics: %w", err)
+		}
+	}
+	return m, nil
+}

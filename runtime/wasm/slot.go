@@ -1,0 +1,194 @@
+package wasm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/tetratelabs/wazero/api"
+	"github.com/tetratelabs/wazero/experimental"
+
+	"github.com/wasmatrix/wasmatrix/runtime"
+)
+
+const (
+	// budget is what a guest may run between two checkpoints, in the units of
+	// module.Meter: 50 to 200 microseconds of ordinary code.
+	budget = 200_000
+	// maxInput bounds the input of a capability call: the largest payload of the
+	// interface is 4 MiB, and its message has a few fields more.
+	maxInput = 4<<20 + 64<<10
+	// maxAnswer bounds the answer of a handler in the same way.
+	maxAnswer = maxInput
+)
+
+// errInterrupted unwinds a guest that was ended by a limit or by Stop.
+var errInterrupted = errors.New("interrupted")
+
+// errEnded is the cause with which calls are cancelled when their instance ends.
+var errEnded = errors.New("instance has ended")
+
+// errTimeLimit is the cause with which a call is cancelled after Spec.Timeout.
+var errTimeLimit = errors.New("time limit")
+
+// slot is one wasm instance; it handles one call at a time, and all its fields
+// belong to the goroutine of that call.
+type slot struct {
+	instance *instance
+	module   api.Module
+	memory   linearMemory
+	alloc    api.Function
+	handlers map[runtime.Handler]api.Function
+
+	// call is the context of the present call, deadline the end of its time, zero
+	// when there is none, and late the cause once it is over.
+	call     context.Context //nolint:containedctx // the guest's imports have no other way to it
+	deadline time.Time
+	late     error
+	// cause is set when the present call was interrupted.
+	cause error
+	// answer waits for wasmatrix:result/v1 read.
+	answer  []byte
+	waiting bool
+}
+
+func newSlot(i *instance) *slot {
+	return &slot{
+		instance: i,
+		memory:   linearMemory{account: &i.memory, limit: i.limit},
+		handlers: map[runtime.Handler]api.Function{},
+	}
+}
+
+// callContext brings the slot to the functions that the guest imports. wazero
+// hands on the context as it is.
+type callContext struct {
+	context.Context //nolint:containedctx // this is a context
+	slot            *slot
+}
+
+// slotOf returns the slot that is calling out. It panics for another context,
+// which ends that guest and nothing else.
+func slotOf(ctx context.Context) *slot {
+	c, ok := ctx.(*callContext)
+	if !ok {
+		panic(errors.New("a guest ran without its call context"))
+	}
+	return c.slot
+}
+
+// enter makes ctx the context of what f does in the guest.
+// late is the cause of the end of ctx's time.
+func (s *slot) enter(ctx context.Context, late error, f func(ctx context.Context) error) (err error) {
+	s.call, s.cause, s.memory.refused = ctx, nil, false
+	s.deadline, _ = ctx.Deadline()
+	s.late = late
+	s.answer, s.waiting = nil, false
+	defer func() {
+		s.call, s.answer, s.waiting = nil, nil, false
+		if r := recover(); r != nil {
+			err = fmt.Errorf("%w: %v", errInternal, r)
+		}
+	}()
+	return f(&callContext{Context: ctx, slot: s})
+}
+
+// interruptible ends the guest, by a panic that wazero turns into the error of
+// the call, when the call's time is over or its instance has ended. It is called
+// wherever the guest calls out.
+func (s *slot) interruptible() {
+	select {
+	case <-s.call.Done():
+		s.cause = context.Cause(s.call)
+	default:
+		// With more spinning guests than processors, timers are late.
+		if s.deadline.IsZero() || time.Now().Before(s.deadline) {
+			return
+		}
+		s.cause = s.late
+	}
+	panic(errInterrupted)
+}
+
+// instantiate creates the wasm instance. The start function of the module, if it
+// has one, runs here.
+func (s *slot) instantiate(ctx context.Context) error {
+	u := s.instance.unit
+	// The allocator has to be found in the context, and the slot as its type.
+	inner := &callContext{Context: experimental.WithMemoryAllocator(ctx, &s.memory), slot: s}
+	mod, err := u.runtime.InstantiateModule(inner, u.compiled, s.moduleConfig())
+	if err != nil {
+		return fmt.Errorf("%w: %w", errInstantiate, err)
+	}
+	s.module = mod
+	return nil
+}
+
+// initialize makes a reactor ready for calls.
+func (s *slot) initialize(ctx context.Context) error {
+	if err := s.instantiate(ctx); err != nil {
+		return err
+	}
+	if s.instance.unit.shape.initialize {
+		if err := s.run(ctx, exportInitialize); err != nil {
+			return err
+		}
+	}
+	s.alloc = s.module.ExportedFunction(exportAlloc)
+	return nil
+}
+
+// run calls an exported function without parameters and results, once.
+func (s *slot) run(ctx context.Context, name string) error {
+	_, err := s.module.ExportedFunction(name).Call(ctx)
+	return err
+}
+
+// handle calls a handler with a copy of payload and returns a copy of its answer.
+func (s *slot) handle(ctx context.Context, handler runtime.Handler, payload []byte) ([]byte, error) {
+	f := s.handlers[handler]
+	if f == nil {
+		f = s.module.ExportedFunction(string(handler))
+		s.handlers[handler] = f
+	}
+	var stack [2]uint64
+	if len(payload) > 0 {
+		stack[0] = uint64(len(payload))
+		if err := s.alloc.CallWithStack(ctx, stack[:1]); err != nil {
+			return nil, err
+		}
+		if !s.module.Memory().Write(uint32(stack[0]), payload) {
+			return nil, fmt.Errorf("%w: %s handed out %d bytes at %d, outside of its memory", errMisbehaved, exportAlloc, len(payload), uint32(stack[0]))
+		}
+		stack[0], stack[1] = uint64(uint32(stack[0])), uint64(len(payload))
+	}
+	if err := f.CallWithStack(ctx, stack[:]); err != nil {
+		return nil, err
+	}
+	at, size := uint32(stack[0]>>32), uint32(stack[0])
+	if size == 0 {
+		return []byte{}, nil
+	}
+	if size > maxAnswer {
+		return nil, fmt.Errorf("%w: %s answered with %d bytes, at most %d are allowed", errMisbehaved, handler, size, maxAnswer)
+	}
+	view, ok := s.module.Memory().Read(at, size)
+	if !ok {
+		return nil, fmt.Errorf("%w: %s answered with %d bytes at %d, outside of its memory", errMisbehaved, handler, size, at)
+	}
+	return append([]byte(nil), view...), nil
+}
+
+// close frees the wasm instance with its memory. No call may be under way.
+func (s *slot) close() {
+	if s.module == nil {
+		if s.memory.region != nil {
+			s.memory.Free() // the instantiation failed after its memory was made
+		}
+		return
+	}
+	// Closing frees memory only and does not fail.
+	_ = s.module.Close(context.Background()) //nolint:forbidigo // nothing here waits for a context
+	s.module = nil
+}

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Everything that must hold before a change lands, with the set-up it needs.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+started=$SECONDS
+step() { printf '\n== %s (at %ds)\n' "$1" $((SECONDS - started)); }
+
+step "set-up"
+scripts/setup.sh
+command -v go >/dev/null || { echo "Go is missing: install it from https://go.dev/dl/" >&2; exit 1; }
+go version
+
+step "generated code is fresh, the API is compatible"
+make --no-print-directory proto-check
+
+step "build, other platforms, guests"
+make --no-print-directory build guests cross
+
+step "lint and import walls"
+make --no-print-directory lint
+
+step "unit tests with the race detector"
+make --no-print-directory race
+
+step "guest SDK"
+(cd guest/go && go vet ./... && go test ./...)
+
+step "end-to-end tests on the built binary"
+make --no-print-directory e2e
+
+step "the demo"
+make --no-print-directory demo
+
+step "all passed"

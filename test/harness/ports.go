@@ -1,0 +1,84 @@
+package harness
+
+import (
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"strings"
+	"testing"
+
+	"github.com/wasmatrix/wasmatrix/cmd/wasmatrix/node"
+)
+
+// Port bases that tests use: below the range from which the kernel takes the
+// ports of outgoing connections.
+const (
+	firstBase = 11000
+	lastBase  = 30000
+	stride    = 100
+)
+
+var held []net.Listener // what keeps other processes off a range, until this one ends
+
+// FreePortBase returns a port base with room for nodes nodes that nothing
+// listens on. Test processes that run side by side keep clear of each other by
+// listening on a port of the range that no node uses. It panics when there is none.
+func FreePortBase(nodes int) int {
+	for base := firstBase; base+nodes*stride <= lastBase; base += 10 * stride {
+		lock, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", base+stride-1))
+		if err != nil {
+			continue
+		}
+		if free(base, nodes) {
+			held = append(held, lock)
+			return base
+		}
+		_ = lock.Close()
+	}
+	panic(fmt.Sprintf("no free ports for %d nodes between %d and %d", nodes, firstBase, lastBase))
+}
+
+func free(base, nodes int) bool {
+	for i := range nodes {
+		for offset := range node.PortCount {
+			l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", base+i*stride+offset))
+			if err != nil {
+				return false
+			}
+			_ = l.Close()
+		}
+	}
+	return true
+}
+
+// Tail returns the last lines of a file, for an error message.
+func Tail(path string, lines int) string {
+	f, err := os.Open(path)
+	if err != nil {
+		return err.Error() + "\n"
+	}
+	defer f.Close()
+	if info, err := f.Stat(); err == nil && info.Size() > 64<<10 {
+		_, _ = f.Seek(-64<<10, io.SeekEnd)
+	}
+	raw, _ := io.ReadAll(f)
+	all := strings.Split(strings.TrimRight(string(raw), "\n"), "\n")
+	return strings.Join(all[max(0, len(all)-lines):], "\n") + "\n"
+}
+
+// Binary returns the built wasmatrix binary and the directory of the built
+// guests. A test that needs them is skipped with the reason where they are not
+// named, and fails in CI.
+func Binary(t testing.TB) (binary, guests string) {
+	t.Helper()
+	binary, guests = os.Getenv("WASMATRIX_BINARY"), os.Getenv("WASMATRIX_GUESTS")
+	if binary == "" || guests == "" {
+		reason := "WASMATRIX_BINARY and WASMATRIX_GUESTS are not set: run `make e2e`"
+		if os.Getenv("CI") == "true" && os.Getenv("WASMATRIX_E2E") != "" {
+			t.Fatal(reason)
+		}
+		t.Skip(reason)
+	}
+	return binary, guests
+}
