@@ -100,9 +100,16 @@ func (j *journal) saveLocked(msg *pb.WatchAssignmentsResponse) error {
 	return err
 }
 
-// load reads the journal. It returns nil without one, and errJournalDamaged for
-// one that it cannot trust.
+// load reads the journal, and removes what an interrupted write left. It returns
+// nil without one, and errJournalDamaged for one that it cannot trust.
 func (j *journal) load() (*pb.WatchAssignmentsResponse, error) {
+	left, err := filepath.Glob(j.path + ".tmp-*")
+	for _, path := range left {
+		err = errors.Join(err, os.Remove(path))
+	}
+	if err != nil {
+		return nil, fmt.Errorf("removing an unfinished journal: %w", err)
+	}
 	data, err := os.ReadFile(j.path)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, nil //nolint:nilnil // no journal is no failure

@@ -45,6 +45,15 @@ func TestJournalKeepsTheWholeSet(t *testing.T) {
 	if !proto.Equal(got, want) {
 		t.Fatalf("got %v\nwant %v", got, want)
 	}
+	if err := os.WriteFile(j.path+".tmp-1", nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := j.load(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(j.path + ".tmp-1"); !errors.Is(err, os.ErrNotExist) {
+		t.Fatalf("an unfinished write is still there: %v", err)
+	}
 	set := newAssignments()
 	if err := set.apply(got); err != nil {
 		t.Fatal(err)

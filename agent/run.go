@@ -182,10 +182,16 @@ func (a *Agent) journalContent() *pb.WatchAssignmentsResponse {
 	return a.assigned.set.full(a.worker.status)
 }
 
-// grantsOf returns an instance's capability assignments and the Raft index of
-// what the agent knows.
-func (a *Agent) grantsOf(id string) ([]*pb.CapabilityAssignment, uint64) {
+// grantsOf returns an instance's capability assignments.
+func (a *Agent) grantsOf(id string) []*pb.CapabilityAssignment {
 	a.assigned.mu.Lock()
 	defer a.assigned.mu.Unlock()
-	return a.assigned.set.grantsOf(id), a.assigned.set.index
+	return a.assigned.set.grantsOf(id)
+}
+
+// index returns the Raft index of what the agent knows; 0 in standalone mode.
+func (a *Agent) index() uint64 {
+	a.assigned.mu.Lock()
+	defer a.assigned.mu.Unlock()
+	return a.assigned.set.index
 }

@@ -34,14 +34,14 @@ func (s *service) QueryInstance(_ context.Context, req *pb.QueryInstanceRequest)
 	if err != nil {
 		return nil, err
 	}
-	grants, index := s.agent.grantsOf(sup.id)
+	grants, index := s.agent.grantsOf(sup.id), s.agent.index()
 	return &pb.QueryInstanceResponse{Instance: sup.view(), Assignments: grants, Index: index}, nil
 }
 
 // ListInstances returns the instances of this node in the order of their ids.
 func (s *service) ListInstances(_ context.Context, req *pb.ListInstancesRequest) (*pb.ListInstancesResponse, error) {
 	resp := s.agent.worker.list(req)
-	_, resp.Index = s.agent.grantsOf("")
+	resp.Index = s.agent.index()
 	return resp, nil
 }
 
@@ -62,8 +62,21 @@ func (s *service) InvokeInstance(ctx context.Context, req *pb.InvokeInstanceRequ
 			With("instance", req.GetInstanceId()).With("node", s.agent.nodeID()).
 			Next("mend what %s returns in the module", runtime.HandlerInvoke)
 	}
+	if refusal := resp.GetError(); refusal != nil {
+		return nil, guestRefusal(refusal, req.GetInstanceId())
+	}
 	resp.InstanceId, resp.NodeId = req.GetInstanceId(), s.agent.nodeID()
 	return &pb.InvokeInstanceResponse{Response: resp}, nil
+}
+
+// guestRefusal is the error of a call that the guest itself refused. The guest
+// chooses code and message; who it was is said by the host.
+func guestRefusal(e *pb.Error, instance string) error {
+	code := e.GetCode()
+	if _, known := pb.ErrorCode_name[int32(code)]; !known || code == pb.ErrorCode_ERROR_CODE_UNSPECIFIED {
+		code = pb.ErrorCode_ERROR_CODE_INTERNAL_ERROR
+	}
+	return apierror.New(code, "%s", e.GetMessage()).With("refused_by", instance)
 }
 
 // InvokeCapability calls a provider of this node for another node or a user.

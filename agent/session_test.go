@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"context"
 	"errors"
 	"slices"
 	"testing"
@@ -27,8 +28,13 @@ func (p *fakePeer) reports(id string, state pb.InstanceState, generation uint64)
 
 func TestAnAssignedInstanceRunsAndIsReported(t *testing.T) {
 	bubble(t, func(t *testing.T, n *network, leader *fakePeer) {
-		agent := start(t, testConfig(t, n))
+		agent := start(t, testConfig(t, n, func(cfg *Config) {
+			cfg.Providers = []*pb.ProviderSpec{{Id: "kv", Type: "kv"}}
+		}))
 		within(t, time.Second, "the agent has a session", func() bool { return agent.component("session").Ready })
+		if got := leader.registered.GetProviders(); len(got) != 1 || got[0].GetId() != "kv" {
+			t.Fatalf("declared %v", got)
+		}
 		leader.put(putInstance(instance(leader, "web-1")))
 		within(t, time.Second, "the instance is reported as running", leader.reports("web-1", stateRunning, 1))
 		st := leader.reported("web-1")
@@ -181,6 +187,71 @@ func TestAFullSetInSeveralMessagesCountsAsOne(t *testing.T) {
 	})
 }
 
+func TestSearch(t *testing.T) {
+	peers := []string{"a", "b", "c"}
+	to := func(address string) hint { return hint{address: address} }
+	var s search
+	for i, c := range []struct {
+		at   string
+		hint hint
+		wait time.Duration
+	}{
+		{"a", hint{}, 0},                         // next in the list
+		{"b", to("x"), 0},                        // a hint is followed at once,
+		{"x", to("y"), 0},                        // and again,
+		{"y", to("z"), 0},                        // but not for ever;
+		{"a", hint{}, searchBackoff.delay(1, 0)}, // the third that gave nothing ends the round
+		{"b", to("c"), 0},                        // hints count anew
+		{"c", to("b"), 0},                        //
+		{"b", to("c"), 0},                        // too many in a row
+		{"c", hint{}, 0},                         //
+		{"a", hint{}, searchBackoff.delay(2, 0)}, // the second round waits longer
+		{"b", hint{}, 0},                         //
+		{"c", hint{}, 0},                         //
+		{"a", hint{}, searchBackoff.delay(3, 0)}, //
+		{"b", hint{}, 0},                         //
+	} {
+		if got := s.next(peers); got != c.at {
+			t.Fatalf("try %d is of %q, want %q", i, got, c.at)
+		}
+		if got := s.failed(c.at, c.hint, 0, len(peers)); got != c.wait {
+			t.Fatalf("after try %d it waits %s, want %s", i, got, c.wait)
+		}
+	}
+	if s := newSearch("a"); s.next(peers) != "b" {
+		t.Fatal("after a session with a, a is tried first again")
+	}
+	if s := newSearch("gone"); s.next(nil) != "" {
+		t.Fatal("an address was found where there is none")
+	}
+}
+
+func TestABatchThatWasNotAcknowledgedIsKept(t *testing.T) {
+	r := newReporter(func(error) {})
+	old, newer := &pb.InstanceStatus{Attempt: 1}, &pb.InstanceStatus{Attempt: 2}
+	r.instance("a-1", old)
+	r.instance("a-2", old)
+	r.provider("kv", &pb.ProviderStatus{})
+	batch := r.take("n1", 7)
+	if len(batch.GetInstances()) != 2 || len(batch.GetProviders()) != 1 || batch.GetEpoch() != 7 || r.take("n1", 7) != nil {
+		t.Fatalf("took %v", batch)
+	}
+	r.instance("a-2", newer)
+	r.done(batch, errGap)
+	if r.instances["a-1"] != old || r.instances["a-2"] != newer || len(r.providers) != 1 {
+		t.Fatalf("kept %v and %v", r.instances, r.providers)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := r.flush(ctx); err == nil {
+		t.Fatal("there is nothing left to send, it says")
+	}
+	r.done(r.take("n1", 7), nil)
+	if err := r.flush(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+}
+
 func TestJoinParts(t *testing.T) {
 	first := &pb.WatchAssignmentsResponse{Complete: true, More: true, AppliesTo: 0, ResultsIn: 1, Changes: make([]*pb.AssignmentChange, 2)}
 	joined, err := joinParts(nil, first)
@@ -300,6 +371,9 @@ func TestTheControlPlaneComesBeforeTheJournal(t *testing.T) {
 		within(t, time.Second, "it runs", agent.running("web-1"))
 		agent.end()
 		leader.put(removeInstance("web-1"))
+		leader.mu.Lock()
+		leader.delay = time.Second
+		leader.mu.Unlock()
 		agent = agent.again()
 		still(t, 2*journalPatience, "what the journal wanted does not start", func() bool { return agent.fake.Starts("web-1") == 0 })
 	})

@@ -10,6 +10,7 @@ import (
 
 	"google.golang.org/protobuf/types/known/durationpb"
 
+	"github.com/wasmatrix/wasmatrix/apierror"
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
 	"github.com/wasmatrix/wasmatrix/runtime"
 )
@@ -164,8 +165,12 @@ func TestANewGenerationEndsTheOldRunFirst(t *testing.T) {
 			overlap = overlap || len(agent.fake.Running()) > 0
 			return nil
 		})
-		leader.put(putInstance(instance(leader, "web-1", generation(2))))
+		counted := func(inst *pb.Instance) { inst.Status = &pb.InstanceStatus{CrashCount: 7} }
+		leader.put(putInstance(instance(leader, "web-1", generation(2), counted)))
 		within(t, time.Second, "the new generation runs: the old one gets no grace", leader.reports("web-1", stateRunning, 2))
+		if st := leader.reported("web-1"); st.GetCrashCount() != 7 {
+			t.Fatalf("the crashes counted on other nodes are lost: %v", st)
+		}
 		if overlap {
 			t.Fatal("the new generation was prepared while the old one ran")
 		}
@@ -265,6 +270,10 @@ func TestRemovalEndsAndForgets(t *testing.T) {
 		within(t, 5*time.Second, "nothing is left of it", func() bool {
 			return agent.running()() && len(agent.Instances()) == 0
 		})
+		err := agent.logs.follow(t.Context(), &pb.FollowLogsRequest{Targets: []string{"web-1"}}, nil)
+		if apierror.CodeOf(err) != pb.ErrorCode_ERROR_CODE_INSTANCE_NOT_FOUND {
+			t.Fatalf("its output: %v", err)
+		}
 	})
 }
 
@@ -293,6 +302,44 @@ func TestWhatAGuestSaysCannotSpoilAReport(t *testing.T) {
 			t.Fatalf("reported %q", got)
 		}
 	})
+}
+
+func TestWhatWasRecordedIsTakenUp(t *testing.T) {
+	const (
+		assigned = pb.InstanceState_INSTANCE_STATE_ASSIGNED
+		failed   = pb.InstanceState_INSTANCE_STATE_FAILED
+		done     = pb.InstanceState_INSTANCE_STATE_COMPLETED
+		crashed  = pb.InstanceState_INSTANCE_STATE_CRASHED
+	)
+	for _, c := range []struct {
+		name       string
+		recorded   pb.InstanceState
+		generation uint64
+		policy     string
+		phase      phase
+		state      pb.InstanceState
+		attempt    uint32
+	}{
+		{"nothing", 0, 0, "", phaseIdle, assigned, 0},
+		{"it ran", stateRunning, 2, "", phaseIdle, assigned, 4},
+		{"it waited", crashed, 2, "", phaseIdle, assigned, 4},
+		{"it failed", failed, 2, "", phaseDone, failed, 4},
+		{"it failed in an older generation", failed, 1, "", phaseIdle, assigned, 0},
+		{"it completed", done, 2, "", phaseDone, done, 4},
+		{"it completed and runs always", done, 2, "always", phaseIdle, assigned, 4},
+		{"it was stopped", stateStopped, 2, "", phaseStopped, stateStopped, 4},
+	} {
+		w := &worker{logs: newLogBook("n1", time.Now)}
+		s := newSupervisor(w, &pb.Instance{
+			Id: "web-1", Placement: &pb.Placement{Generation: 2},
+			Spec:   &pb.WorkloadSpec{Restart: &pb.RestartPolicy{Policy: c.policy}},
+			Status: &pb.InstanceStatus{State: c.recorded, Generation: c.generation, Attempt: 4, CrashCount: 3},
+		})
+		if s.have.phase != c.phase || s.status.GetState() != c.state || s.status.GetAttempt() != c.attempt ||
+			s.status.GetGeneration() != 2 || s.status.GetCrashCount() != 3 {
+			t.Errorf("%s: phase %d, %v", c.name, s.have.phase, s.status)
+		}
+	}
 }
 
 func TestAnUnknownRuntimeIsTold(t *testing.T) {

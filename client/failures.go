@@ -39,8 +39,13 @@ func (f *failures) gaveUp(ctx context.Context, elapsed time.Duration) error {
 	}
 	within := elapsed.Round(10 * time.Millisecond).String()
 	if f.noLeader != nil {
-		out := apierror.FromProto(f.noLeader.Proto(ctx))
-		return out.With("gave up after", within)
+		out := apierror.FromProto(f.noLeader.Proto(ctx)).With("gave up after", within)
+		for address, err := range f.byAddress {
+			if apierror.CodeOf(err) != pb.ErrorCode_ERROR_CODE_NO_LEADER {
+				out = out.With(address, reason(err))
+			}
+		}
+		return out
 	}
 	code, message := pb.ErrorCode_ERROR_CODE_TIMEOUT, "no answer within %s"
 	for _, err := range f.byAddress {
@@ -50,7 +55,7 @@ func (f *failures) gaveUp(ctx context.Context, elapsed time.Duration) error {
 	}
 	out := apierror.New(code, message, within).Next("check that the peers run and that these addresses are theirs")
 	for address, err := range f.byAddress {
-		out.With(address, reason(err))
+		out = out.With(address, reason(err))
 	}
 	return apierror.FromProto(out.Proto(ctx))
 }
@@ -67,7 +72,7 @@ func (f *failures) refusedByAll(ctx context.Context, peers []*peer) error {
 	out := apierror.New(pb.ErrorCode_ERROR_CODE_PERMISSION_DENIED, "no secure connection: %s", text).
 		Next("check that the context's certificate belongs to this cluster and is not expired: wasmatrix context show")
 	for _, p := range peers {
-		out.With(p.address, identityFailure(f.byAddress[p.address]))
+		out = out.With(p.address, identityFailure(f.byAddress[p.address]))
 	}
 	return apierror.FromProto(out.Proto(ctx))
 }

@@ -85,6 +85,10 @@ type fakePeer struct {
 	upload []byte
 }
 
+func (p *fakePeer) StartInstance(_ context.Context, req *pb.StartInstanceRequest) (*pb.StartInstanceResponse, error) {
+	return &pb.StartInstanceResponse{Instances: []*pb.Instance{{Id: req.GetSpec().GetName() + "-k3f9x", Name: req.GetSpec().GetName()}}}, nil
+}
+
 // peer starts a peer on loopback that the test stops.
 func (w *world) peer(t testing.TB, name string) *fakePeer {
 	t.Helper()
@@ -93,9 +97,18 @@ func (w *world) peer(t testing.TB, name string) *fakePeer {
 
 func (w *world) serve(t testing.TB, id *identity.Identity) *fakePeer {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	p, stop, err := startPeer(id)
 	if err != nil {
 		t.Fatal(err)
+	}
+	t.Cleanup(stop)
+	return p
+}
+
+func startPeer(id *identity.Identity) (*fakePeer, func(), error) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return nil, nil, err
 	}
 	p := &fakePeer{
 		address: l.Addr().String(), calls: map[string]int{},
@@ -108,11 +121,10 @@ func (w *world) serve(t testing.TB, id *identity.Identity) *fakePeer {
 		defer close(done)
 		_ = p.server.Serve(l)
 	}()
-	t.Cleanup(func() {
+	return p, func() {
 		p.server.Stop()
 		<-done
-	})
-	return p
+	}, nil
 }
 
 // answers sets what the peer does with each call.

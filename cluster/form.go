@@ -147,7 +147,7 @@ func (p *Peer) settled(n *node) error {
 	if err := n.storage.markUnsettled(0); err != nil {
 		return err
 	}
-	n.guard.mayVote.Store(true)
+	p.role.mayVote.Store(true)
 	return nil
 }
 

@@ -5,6 +5,7 @@ import (
 	"io"
 	"log"
 	"log/slog"
+	"slices"
 
 	"github.com/hashicorp/go-hclog"
 )
@@ -29,6 +30,7 @@ func (l hcLog) Log(level hclog.Level, msg string, args ...any) {
 		write = l.log.Info
 	case hclog.Warn, hclog.Error:
 		write = l.log.Warn
+	default:
 	}
 	for i, arg := range args {
 		if f, ok := arg.(hclog.Format); ok && len(f) > 0 {
@@ -73,7 +75,7 @@ func (l hcLog) ImpliedArgs() []any { return l.args }
 
 // With adds attributes to every record.
 func (l hcLog) With(args ...any) hclog.Logger {
-	return hcLog{log: l.log.With(args...), name: l.name, args: append(l.args[:len(l.args):len(l.args)], args...)}
+	return hcLog{log: l.log.With(args...), name: l.name, args: append(slices.Clip(l.args), args...)}
 }
 
 // Name returns the name given by Named.

@@ -34,37 +34,40 @@ func (p *Peer) lead(ctx context.Context, n *node) {
 // one has begun already.
 func (p *Peer) reign(ctx context.Context, n *node) (again bool) {
 	ruleCtx, cancel := context.WithCancel(ctx)
-	ruled := make(chan error, 1)
-	go func() { ruled <- p.rule(ruleCtx, n.raft) }()
-	defer func() {
+	var duties errgroup.Group
+	failed := make(chan struct{})
+	duties.Go(func() error {
+		err := p.rule(ruleCtx, n.raft)
+		if err != nil {
+			close(failed)
+		}
+		return err
+	})
+	end := func() {
 		p.role.leads.Store(false)
 		p.changed.notify()
 		cancel()
-		if ruled != nil {
-			<-ruled
+	}
+	defer func() {
+		end()
+		// The next leadership must not begin before the last has ended.
+		if err := duties.Wait(); err != nil {
+			p.log.Error("a duty of the leader failed", "error", err)
 		}
 	}()
-	for {
-		select {
-		case <-ctx.Done():
-			return false
-		case leads := <-n.raft.LeaderCh():
-			return leads
-		case err := <-ruled:
-			ruled = nil
-			if err == nil {
-				continue
-			}
-			p.log.Error("a duty of the leader failed, giving up leadership", "error", err)
-			p.role.leads.Store(false)
-			p.changed.notify()
-			if again, lost := p.resign(ctx, n); lost {
-				return again
-			}
-			// Nobody else can lead.
-			return pause(ctx, dutyRetry, nil) && n.raft.State() == raft.Leader
-		}
+	select {
+	case <-ctx.Done():
+		return false
+	case leads := <-n.raft.LeaderCh():
+		return leads
+	case <-failed:
 	}
+	end()
+	if again, lost := p.resign(ctx, n); lost {
+		return again
+	}
+	// Nobody else can lead.
+	return pause(ctx, dutyRetry, nil) && n.raft.State() == raft.Leader
 }
 
 // rule makes this peer serve as the leader and runs the duties. It returns nil

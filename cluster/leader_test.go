@@ -174,23 +174,34 @@ func TestFailedDutyOfASinglePeerIsTriedAgain(t *testing.T) {
 	l.put("w")
 }
 
-func TestTimesInTheLogNeverGoBack(t *testing.T) {
+func TestStampedTimesNeverGoBack(t *testing.T) {
+	at := func(seconds int64) time.Time { return time.Unix(seconds, 0) }
+	clock := []int64{100, 90, 110, 50, 50}
+	s := newStamp(func() time.Time {
+		now := clock[0]
+		clock = clock[1:]
+		return at(now)
+	})
+	for i, want := range []int64{100, 100, 110, 110, 200} {
+		committed := at(0)
+		if i == 4 {
+			// Another leader's clock was ahead.
+			committed = at(200)
+		}
+		if got := s.next(committed); !got.Equal(at(want)) {
+			t.Errorf("stamp %d is %v, want %v", i, got.Unix(), want)
+		}
+	}
+}
+
+func TestCommandsCarryTheInjectedTime(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
-	var clock atomic.Int64
-	clock.Store(time.Now().UnixNano())
-	l.start("n1", expect(1), func(c *Config) {
-		c.Seams.Now = func() time.Time { return time.Unix(0, clock.Add(-int64(time.Second))) }
-	})
-	p := l.leader()
-	before := time.Time{}
-	for i := range 3 {
-		l.put(fmt.Sprintf("w%d", i))
-		now := p.state.View().Time()
-		if now.Before(before) || now.IsZero() {
-			t.Errorf("write %d has time %v after %v", i, now, before)
-		}
-		before = now
+	when := time.Date(2031, 1, 2, 3, 4, 5, 0, time.UTC)
+	p := l.start("n1", expect(1), func(c *Config) { c.Seams.Now = func() time.Time { return when } })
+	l.put("w")
+	if got := p.state.View().Time(); !got.Equal(when) {
+		t.Errorf("the state's time is %v, want %v", got, when)
 	}
 }
 

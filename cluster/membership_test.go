@@ -68,6 +68,48 @@ func TestPeerWithWipedDiskComesBackAsAVoter(t *testing.T) {
 	}
 }
 
+// What a voter acknowledged before it lost its disk counts until it is out of
+// the configuration, so joining again must take its vote first.
+func TestJoinTakesTheVoteOfAKnownVoter(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	leader := l.three()
+	lost := l.other(leader)
+	m, _ := leader.member(lost.cfg.ID)
+	lost.crash()
+	resp, err := pb.NewClusterServiceClient(l.admin(l.leader())).Join(t.Context(), &pb.JoinRequest{
+		PeerId: lost.cfg.ID, RaftAddress: m.Metadata.GetRaftAddress(), ApiAddress: m.Metadata.GetApiAddress(),
+	})
+	if err != nil || resp.GetIndex() == 0 {
+		t.Fatal(resp, err)
+	}
+	if suffrage, ok := l.leader().suffrage(lost.cfg.ID); !ok || suffrage != raft.Nonvoter {
+		t.Errorf("it is a member %v, with suffrage %v", ok, suffrage)
+	}
+}
+
+func TestPeerWithWipedDiskWaitsForAQuorumOfTheOthers(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	leader := l.three()
+	wiped := l.other(leader)
+	id := wiped.cfg.ID
+	wiped.crash()
+	l.dirs[id] = t.TempDir()
+	// As if the third were down: it could not acknowledge that the wiped one is out.
+	third := l.other(leader).cfg.ID
+	l.hub.alive(third, false)
+	again := l.start(id, expect(3))
+	l.put("meanwhile")
+	l.everywhere("meanwhile")
+	if suffrage, ok := l.leader().suffrage(id); !ok || suffrage != raft.Voter || again.role.mayVote.Load() {
+		t.Errorf("%s was removed: member %v, suffrage %v", id, ok, suffrage)
+	}
+	l.hub.alive(third, true)
+	l.eventually(id+" may vote again", func() bool { return again.role.mayVote.Load() })
+	l.voters("n1", "n2", "n3")
+}
+
 func TestWipedPeerGrantsNoVoteBeforeItHasJoinedAgain(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
@@ -78,6 +120,7 @@ func TestWipedPeerGrantsNoVoteBeforeItHasJoinedAgain(t *testing.T) {
 	l.everywhere("acknowledged")
 	wiped.crash()
 	leader.crash()
+	term := follower.raft.Load().CurrentTerm()
 	// Only one voter still knows the acknowledged write. The wiped one must
 	// not help anybody to a quorum, whoever asks.
 	l.dirs[wiped.cfg.ID] = t.TempDir()
@@ -86,8 +129,8 @@ func TestWipedPeerGrantsNoVoteBeforeItHasJoinedAgain(t *testing.T) {
 	quiet, cancel := context.WithTimeout(t.Context(), 10*testHeartbeat)
 	defer cancel()
 	<-quiet.Done()
-	if id, _ := follower.Leader(); id != "" {
-		t.Fatalf("%s leads with the vote of a peer that forgot", id)
+	if now := follower.raft.Load().CurrentTerm(); now != term {
+		t.Fatalf("term %d began, after %d, with the vote of a peer that forgot", now, term)
 	}
 	// With a second peer that remembers there is a quorum, and the wiped one returns.
 	l.start(leader.cfg.ID)
@@ -302,4 +345,22 @@ func TestDamagedLogStopsThePeerBeforeItStarts(t *testing.T) {
 		t.Errorf("a damaged log: %v", p.err)
 	}
 	p.err = nil
+}
+
+func TestPeerJoinsAtAnAddressThatAnotherHasLeft(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	leader := l.three()
+	moved := l.other(leader)
+	m, _ := leader.member(moved.cfg.ID)
+	left := m.Metadata.GetRaftAddress()
+	moved.stop()
+	l.start(moved.cfg.ID, expect(3))
+	l.eventually("the registry has followed", func() bool {
+		return l.leader().recordedAddress(moved.cfg.ID) != left
+	})
+	l.start("n4", func(c *Config) { c.RaftBind = left })
+	l.voters("n1", "n2", "n3", "n4")
+	l.put("w")
+	l.everywhere("w")
 }

@@ -57,6 +57,8 @@ type role struct {
 	leads atomic.Bool
 	// closing is set when the peer stops.
 	closing atomic.Bool
+	// mayVote is set once the peer has no past that it could have forgotten.
+	mayVote atomic.Bool
 	// outside is set when the others say that this peer is not of the cluster.
 	outside atomic.Bool
 	// settled is set once the peer has had a leader for a while.
@@ -191,7 +193,7 @@ func (p *Peer) open() (_ *node, err error) {
 	if n.settle, err = n.storage.unsettled(); err != nil {
 		return nil, err
 	}
-	n.guard.mayVote.Store(!n.settle)
+	p.role.mayVote.Store(!n.settle)
 	if err := n.storage.verify(); err != nil {
 		return nil, fmt.Errorf("%w: remove %s/raft and start again, the peer recovers from the others", err, p.cfg.DataDir)
 	}
@@ -224,7 +226,7 @@ func (p *Peer) openGuard() (*guard, error) {
 			return nil, err
 		}
 	}
-	return newGuard(transport)
+	return newGuard(transport, &p.role.mayVote)
 }
 
 // openMembers makes the gossip unless it was injected, and tells it about this peer.

@@ -50,6 +50,11 @@ func (s *service) Join(ctx context.Context, req *pb.JoinRequest) (*pb.JoinRespon
 	}
 	id := raft.ServerID(req.GetPeerId())
 	if suffrage, member := p.suffrage(req.GetPeerId()); member {
+		// Without a quorum of the others the removal could never be committed.
+		if why := mayRemove(p.servers(), req.GetPeerId(), p.isAlive); why != "" {
+			return nil, apierror.New(pb.ErrorCode_ERROR_CODE_CONFLICT, "%s lost its disk and cannot get its vote back now: %s", id, why).
+				Next("start the peers that are down")
+		}
 		p.log.Warn("a member joins again", "id", id, "was", suffrage.String())
 		if err := p.removeServer(ctx, id); err != nil {
 			return nil, err
@@ -107,11 +112,7 @@ func (s *service) Remove(ctx context.Context, req *pb.RemoveRequest) (*pb.Remove
 	if _, ok := p.suffrage(req.GetPeerId()); !ok {
 		return nil, p.notAPeer(req.GetPeerId())
 	}
-	alive := func(id string) bool {
-		m, ok := p.member(id)
-		return id == p.cfg.ID || ok && m.Alive
-	}
-	if why := mayRemove(p.servers(), req.GetPeerId(), alive); why != "" && !req.GetForce() {
+	if why := mayRemove(p.servers(), req.GetPeerId(), p.isAlive); why != "" && !req.GetForce() {
 		return nil, apierror.New(pb.ErrorCode_ERROR_CODE_CONFLICT, "removing %s could end the quorum: %s", req.GetPeerId(), why).
 			Next("start the peers that are down, or remove it with --force")
 	}
@@ -231,12 +232,11 @@ func (p *Peer) status() *pb.StatusResponse {
 	if since := p.role.leaderless.Load(); since != 0 && out.LeaderId == "" {
 		out.WithoutLeader = durationpb.New(time.Since(time.Unix(0, since)))
 	}
-	for _, s := range p.servers() {
-		out.Peers = append(out.Peers, p.peerStatus(s, out.LeaderId))
-	}
+	out.Peers = p.Peers()
 	return out
 }
 
+// peerStatus is what this peer knows of one peer of the Raft configuration.
 func (p *Peer) peerStatus(s raft.Server, leader string) *pb.PeerStatus {
 	id := string(s.ID)
 	m, known := p.member(id)
@@ -276,6 +276,12 @@ func countState(view fsm.View, out *pb.StatusResponse) {
 	for _, pr := range view.Providers(nil) {
 		out.Providers[strings.TrimPrefix(pr.GetStatus().GetState().String(), "PROVIDER_STATE_")]++
 	}
+}
+
+// isAlive reports whether gossip sees a peer.
+func (p *Peer) isAlive(id string) bool {
+	m, ok := p.member(id)
+	return id == p.cfg.ID || ok && m.Alive
 }
 
 func (p *Peer) notAPeer(id string) error {

@@ -7,6 +7,7 @@ import (
 	"hash/crc32"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -140,7 +141,7 @@ func (c *checkedLogs) StoreLogs(entries []*raft.Log) error {
 	out := make([]*raft.Log, len(entries))
 	for i, e := range entries {
 		sealed := *e
-		sealed.Extensions = binary.BigEndian.AppendUint32(e.Extensions[:len(e.Extensions):len(e.Extensions)], checksum(e))
+		sealed.Extensions = binary.BigEndian.AppendUint32(slices.Clip(e.Extensions), checksum(e))
 		out[i] = &sealed
 	}
 	return c.LogStore.StoreLogs(out)

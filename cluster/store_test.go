@@ -107,7 +107,7 @@ func TestGuardRefusesVotesUntilThePeerMayVote(t *testing.T) {
 	inner.Connect(address, other)
 	_, asker := raft.NewInmemTransport("c")
 	asker.Connect("a", inner)
-	g, err := newGuard(inner)
+	g, err := newGuard(inner, &atomic.Bool{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -151,7 +151,7 @@ func TestGuardRefusesVotesUntilThePeerMayVote(t *testing.T) {
 
 func TestSealedGuardSendsNothing(t *testing.T) {
 	_, inner := raft.NewInmemTransport("a")
-	g, err := newGuard(inner)
+	g, err := newGuard(inner, &atomic.Bool{})
 	if err != nil {
 		t.Fatal(err)
 	}

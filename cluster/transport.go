@@ -28,7 +28,7 @@ type guard struct {
 	raft.Transport
 	preVote  raft.WithPreVote
 	consumer chan raft.RPC
-	mayVote  atomic.Bool
+	mayVote  *atomic.Bool
 	seals    atomic.Int32
 }
 
@@ -37,12 +37,12 @@ var (
 	_ raft.WithClose   = (*guard)(nil)
 )
 
-func newGuard(inner raft.Transport) (*guard, error) {
+func newGuard(inner raft.Transport, mayVote *atomic.Bool) (*guard, error) {
 	preVote, ok := inner.(raft.WithPreVote)
 	if !ok {
 		return nil, fmt.Errorf("%w: the raft transport cannot ask for pre-votes", ErrConfig)
 	}
-	return &guard{Transport: inner, preVote: preVote, consumer: make(chan raft.RPC)}, nil
+	return &guard{Transport: inner, preVote: preVote, consumer: make(chan raft.RPC), mayVote: mayVote}, nil
 }
 
 // run passes incoming messages to Raft until ctx ends.

@@ -2,10 +2,12 @@ package fsm_test
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"io"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/hashicorp/raft"
 	"google.golang.org/protobuf/encoding/protowire"
@@ -62,12 +64,19 @@ func TestRaftAppliesBatches(t *testing.T) {
 func TestABatchIsSeenAsAWhole(t *testing.T) {
 	s := fsm.New()
 	m := fsm.NewRaftFSM(s, failOn(t))
-	changed := s.Changed(0)
-	done := make(chan []uint64)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	done := make(chan []uint64, 1)
 	go func() {
 		var seen []uint64
 		for after := uint64(0); after < 400; {
-			<-s.Changed(after)
+			select {
+			case <-s.Changed(after):
+			case <-ctx.Done():
+				t.Errorf("no change after index %d was told within a minute", after)
+				done <- seen
+				return
+			}
 			v := s.View()
 			after = v.Index()
 			seen = append(seen, after)
@@ -84,7 +93,6 @@ func TestABatchIsSeenAsAWhole(t *testing.T) {
 		}
 		m.ApplyBatch(batch)
 	}
-	<-changed
 	for _, index := range <-done {
 		if index%8 != 0 {
 			t.Errorf("index %d was seen, in the middle of a batch", index)

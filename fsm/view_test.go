@@ -2,11 +2,9 @@ package fsm_test
 
 import (
 	"bytes"
-	"context"
 	"fmt"
 	"sync"
 	"testing"
-	"testing/synctest"
 
 	"github.com/hashicorp/go-memdb"
 
@@ -217,9 +215,8 @@ func TestAViewIsSharedByReadersWhileTheStateGoesOn(t *testing.T) {
 	readers.Wait()
 }
 
-// closed reports whether ch is closed once everybody has come to rest.
-func closed(ch <-chan struct{}) bool {
-	synctest.Wait()
+// woken reports whether ch is closed. Apply and Restore wake before they return.
+func woken(ch <-chan struct{}) bool {
 	select {
 	case <-ch:
 		return true
@@ -229,28 +226,26 @@ func closed(ch <-chan struct{}) bool {
 }
 
 func TestChangedWaitsForAnIndex(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t)
-		b.node("n1")
-		if !closed(b.s.Changed(0)) {
-			t.Error("index 1 is there already")
-		}
-		next, far := b.s.Changed(1), b.s.Changed(2)
-		if closed(next) || closed(far) {
-			t.Error("woken too early")
-		}
-		b.node("n1")
-		if !closed(next) {
-			t.Error("index 2 is there")
-		}
-		if closed(far) {
-			t.Error("index 3 is not there yet")
-		}
-		b.node("n1")
-		if !closed(far) {
-			t.Error("index 3 is there")
-		}
-	})
+	b := newBed(t)
+	b.node("n1")
+	if !woken(b.s.Changed(0)) {
+		t.Error("index 1 is there already")
+	}
+	next, far := b.s.Changed(1), b.s.Changed(2)
+	if woken(next) || woken(far) {
+		t.Error("woken too early")
+	}
+	b.node("n1")
+	if !woken(next) {
+		t.Error("index 2 is there")
+	}
+	if woken(far) {
+		t.Error("index 3 is not there yet")
+	}
+	b.node("n1")
+	if !woken(far) {
+		t.Error("index 3 is there")
+	}
 }
 
 func TestManyFutureWaitersShareAWake(t *testing.T) {
@@ -268,12 +263,11 @@ func TestManyFutureWaitersShareAWake(t *testing.T) {
 	}
 	next := b.s.Changed(1)
 	b.node("n1")
-	<-next
-	<-chans[4999]
-	select {
-	case <-chans[0]:
+	if !woken(next) || !woken(chans[4999]) {
+		t.Error("a change did not wake those who share its wake")
+	}
+	if woken(chans[0]) {
 		t.Error("an exact waiter was woken too early")
-	default:
 	}
 }
 
@@ -286,16 +280,12 @@ func TestWatchesFireOnWhatTheyWatch(t *testing.T) {
 	b.running("b", "", "n2")
 	fires := func(ws memdb.WatchSet, change func()) bool {
 		change()
-		ctx, cancel := context.WithCancel(t.Context())
-		cancel()
 		for ch := range ws {
-			select {
-			case <-ch:
+			if woken(ch) {
 				return true
-			default:
 			}
 		}
-		return ws.WatchCtx(ctx) == nil
+		return false
 	}
 	ws := memdb.NewWatchSet()
 	b.s.View().InstancesByNode(ws, "n1")
@@ -322,5 +312,7 @@ func TestWatchesFireOnWhatTheyWatch(t *testing.T) {
 	if !fires(ws, func() { restoreInto(t, b.s, data) }) {
 		t.Error("a restore woke nobody")
 	}
-	<-next
+	if !woken(next) {
+		t.Error("a restore woke nobody who waits for an index")
+	}
 }

@@ -103,7 +103,9 @@ func TestPeerDoesNotSpeakRaftToAWorker(t *testing.T) {
 	if !errors.Is(err, identity.ErrNotAllowed) {
 		t.Errorf("got %v, want ErrNotAllowed", err)
 	}
-	<-served
+	if err := <-served; err == nil {
+		t.Error("the worker got a Raft connection")
+	}
 }
 
 func TestSilentClientDoesNotBlockAccept(t *testing.T) {

@@ -28,7 +28,7 @@ func (h *hostRule) covers(resource string) bool {
 		return ok && h.prefix.Contains(addr)
 	case h.wild:
 		// The label before the suffix must not be empty.
-		return len(host) > len(h.name) && strings.HasSuffix(host, h.name) && host[0] != '.'
+		return host[0] != '.' && strings.HasSuffix(host, h.name)
 	default:
 		return host == h.name
 	}

@@ -34,9 +34,7 @@ func register[C prometheus.Collector](r prometheus.Registerer, c C) C {
 	if r == nil {
 		return c
 	}
-	err := r.Register(c)
-	var exists prometheus.AlreadyRegisteredError
-	if errors.As(err, &exists) {
+	if exists, ok := errors.AsType[prometheus.AlreadyRegisteredError](r.Register(c)); ok {
 		if before, ok := exists.ExistingCollector.(C); ok {
 			return before
 		}

@@ -206,7 +206,7 @@ func refusal(invalid *protovalidate.ValidationError) error {
 		if before := out.Detail(field); before != "" {
 			detail = before + "; " + detail
 		}
-		out.With(field, detail)
+		out = out.With(field, detail)
 	}
 	return out
 }

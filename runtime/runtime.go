@@ -148,9 +148,11 @@ type Instance interface {
 	// error only when ctx ends first.
 	Wait(ctx context.Context) (Exit, error)
 	// Invoke calls a reactor's handler. payload is copied into the guest; the
-	// answer belongs to the caller. It waits for a free slot until ctx ends. The
-	// call ends at the earlier of ctx and Spec.Timeout; a guest that is still
-	// running then is ended with TimeLimit. Its errors wrap the sentinels above.
+	// answer belongs to the caller. It waits for a free slot until ctx ends. Once
+	// the guest runs, the end of ctx does not end it, for others share it: its
+	// capability calls fail from ctx's deadline on, and Invoke returns when the
+	// handler does. A guest that still runs after Spec.Timeout is ended with
+	// TimeLimit. Its errors wrap the sentinels above.
 	Invoke(ctx context.Context, handler Handler, payload []byte) ([]byte, error)
 	// Stop takes no new calls, gives those under way and the drain handler up to
 	// grace, then ends the guest whatever it does. It returns when Wait has its answer.

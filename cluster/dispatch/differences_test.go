@@ -51,8 +51,8 @@ func TestDifferencesAddUpToTheFullSet(t *testing.T) {
 		dirs := newDirectories()
 		sync := func() {
 			view := r.state.View()
-			dirs.nodes.sync(view.Index(), view.Nodes(nil))
-			dirs.syncProviders(view.Index(), view.Providers(nil))
+			dirs.nodes.sync(view.Nodes(nil))
+			dirs.syncProviders(view.Providers(nil))
 		}
 		sync()
 		s := newSession(holder{"n1", 1}, dirs)

@@ -15,8 +15,6 @@ type directory[R any] struct {
 
 	mu      sync.Mutex
 	entries map[string]*entry[R]
-	// removed is the index of the last view that lacked a record known before.
-	removed uint64
 	closed  chan struct{}
 }
 
@@ -24,7 +22,6 @@ type directory[R any] struct {
 type entry[R any] struct {
 	record  R
 	known   bool
-	index   uint64
 	changed chan struct{}
 }
 
@@ -34,8 +31,8 @@ func newDirectory[R any](id func(R) string, same func(a, b R) bool) *directory[R
 	return &directory[R]{id: id, same: same, entries: map[string]*entry[R]{}, closed: closed}
 }
 
-// sync takes up the table as of index and wakes those who watch what changed.
-func (d *directory[R]) sync(index uint64, records []R) {
+// sync takes up the table and wakes those who watch what changed.
+func (d *directory[R]) sync(records []R) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	present := make(map[string]bool, len(records))
@@ -49,33 +46,32 @@ func (d *directory[R]) sync(index uint64, records []R) {
 		if ok {
 			close(had.changed)
 		}
-		d.entries[id] = &entry[R]{record: record, known: true, index: index, changed: make(chan struct{})}
+		d.entries[id] = &entry[R]{record: record, known: true, changed: make(chan struct{})}
 	}
 	for id, had := range d.entries {
 		if had.known && !present[id] {
-			d.removed = index
 			close(had.changed)
 			delete(d.entries, id)
 		}
 	}
 }
 
-// watch makes ws fire when a record changes after the view of the given index;
-// it fires at once when that has happened.
-func (d *directory[R]) watch(ws memdb.WatchSet, id string, index uint64) {
+// watch makes ws fire when a record is not what the caller has seen any more;
+// known is false for one that it has not seen. When the directory holds another
+// one, one of the two is behind for a moment, and ws fires at once so that the
+// caller looks again: an index could not tell which, because a restored snapshot
+// takes the index back.
+func (d *directory[R]) watch(ws memdb.WatchSet, id string, seen R, known bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	had, ok := d.entries[id]
-	switch {
-	case !ok && d.removed > index:
-		ws.Add(d.closed)
-	case !ok:
+	if !ok {
 		had = &entry[R]{changed: make(chan struct{})}
 		d.entries[id] = had
-		ws.Add(had.changed)
-	case had.index > index:
-		ws.Add(d.closed)
-	default:
-		ws.Add(had.changed)
 	}
+	if had.known != known || known && !d.same(had.record, seen) {
+		ws.Add(d.closed)
+		return
+	}
+	ws.Add(had.changed)
 }

@@ -26,8 +26,10 @@
 //
 // A session computes from a view what its node must know, sends it whole, and
 // from then on the differences between what it sent last and what holds now. It
-// sleeps on exactly the parts of the registry that it read. While a message is
-// on its way to a slow agent changes gather and go out as one.
+// sleeps on the parts of the registry that it read: the node's instances, their
+// assignments, what the node hosts and who may call it (by workload), and single
+// records of other nodes and providers. While a message is on its way to a slow
+// agent changes gather and go out as one.
 //
 // The package must never import agent, runtime, provider, or another duty.
 package dispatch

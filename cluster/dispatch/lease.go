@@ -27,6 +27,9 @@ type holder struct {
 // its turn comes. So a renewal costs no more than a look into a map.
 type lease struct {
 	holder
+	// index is that of the registry in which the node was seen with this epoch.
+	// It, and not the epoch, tells what is newer: a restored snapshot takes epochs back.
+	index    uint64
 	deadline time.Time
 	due      time.Time
 	// expiring is true once the leader has decided to end it; no renewal counts then.
@@ -47,37 +50,37 @@ func newLeases() *leases {
 	return &leases{byNode: map[string]*lease{}, sooner: make(chan struct{}, 1)}
 }
 
-// grant gives a node a lease, or extends the one of this epoch. It fails when
-// this epoch or a later one makes that impossible.
-func (l *leases) grant(h holder, deadline time.Time) error {
+// grant gives a node the lease of a registration committed at index, or extends
+// the one of this epoch. It fails when a later registration or the end of this
+// epoch came first.
+func (l *leases) grant(h holder, index uint64, deadline time.Time) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if had, ok := l.byNode[h.node]; ok {
 		switch {
-		case had.epoch > h.epoch:
-			return errOtherEpoch
 		case had.epoch == h.epoch && had.expiring:
 			return errExpired
 		case had.epoch == h.epoch:
 			had.extend(deadline)
+			had.index = max(had.index, index)
 			return nil
+		case had.index > index:
+			return errOtherEpoch
 		}
-		l.remove(had)
 	}
-	l.add(&lease{holder: h, deadline: deadline, due: deadline})
+	l.replace(&lease{holder: h, index: index, deadline: deadline, due: deadline})
 	return nil
 }
 
-// adopt grants a lease unless the node has one of this epoch or a later one.
-func (l *leases) adopt(h holder, deadline time.Time) {
+// adopt gives a node that the registry shows alive at index a lease, unless it
+// has one of this epoch or of a later index.
+func (l *leases) adopt(h holder, index uint64, deadline time.Time) {
 	l.mu.Lock()
-	had, ok := l.byNode[h.node]
-	known := ok && had.epoch >= h.epoch
-	l.mu.Unlock()
-	if !known {
-		// A lease granted in between is the same one or a later one, and both are fine.
-		_ = l.grant(h, deadline)
+	defer l.mu.Unlock()
+	if had, ok := l.byNode[h.node]; ok && (had.epoch == h.epoch || had.index > index) {
+		return
 	}
+	l.replace(&lease{holder: h, index: index, deadline: deadline, due: deadline})
 }
 
 // renew extends a lease; the error says why it cannot.
@@ -97,11 +100,11 @@ func (l *leases) renew(h holder, deadline time.Time) error {
 	return nil
 }
 
-// drop forgets the lease of a node whose registry record has ended this epoch.
-func (l *leases) drop(h holder) {
+// drop forgets the lease of a node that the registry does not show alive at index.
+func (l *leases) drop(nodeID string, index uint64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if had, ok := l.byNode[h.node]; ok && had.epoch <= h.epoch {
+	if had, ok := l.byNode[nodeID]; ok && had.index <= index {
 		l.remove(had)
 	}
 }
@@ -159,9 +162,12 @@ func (l *leases) forgive(deadline time.Time) {
 	}
 }
 
-func (l *leases) add(had *lease) {
-	l.byNode[had.node] = had
-	l.push(had)
+func (l *leases) replace(next *lease) {
+	if had, ok := l.byNode[next.node]; ok {
+		l.remove(had)
+	}
+	l.byNode[next.node] = next
+	l.push(next)
 }
 
 func (l *leases) push(had *lease) {

@@ -20,21 +20,23 @@ func TestLeaseRules(t *testing.T) {
 		want error
 	}{
 		{"a node without a lease", func() error { return l.renew(n1, at(3)) }, errNoLease},
-		{"a grant", func() error { return l.grant(n1, at(3)) }, nil},
+		{"a grant", func() error { return l.grant(n1, 10, at(3)) }, nil},
 		{"an older epoch", func() error { return l.renew(holder{"n1", 1}, at(9)) }, errOtherEpoch},
-		{"a grant of an older epoch", func() error { return l.grant(holder{"n1", 1}, at(9)) }, errOtherEpoch},
+		{"a grant that comes late", func() error { return l.grant(holder{"n1", 1}, 9, at(9)) }, errOtherEpoch},
 		{"a renewal", func() error { return l.renew(n1, at(5)) }, nil},
 		{"a shorter renewal changes nothing", func() error { return l.renew(n1, at(4)) }, nil},
 		{"not over at its deadline's eve", func() error { return expect(l, at(4)) }, nil},
 		{"over at its deadline", func() error { return expect(l, at(5), n1) }, nil},
 		{"told only once", func() error { return expect(l, at(6)) }, nil},
 		{"no renewal after the end", func() error { return l.renew(n1, at(9)) }, errExpired},
-		{"no grant of the ended epoch", func() error { return l.grant(n1, at(9)) }, errExpired},
-		{"adoption does not revive it", func() error { l.adopt(n1, at(9)); return l.renew(n1, at(9)) }, errExpired},
+		{"no grant of the ended epoch", func() error { return l.grant(n1, 11, at(9)) }, errExpired},
+		{"adoption does not revive it", func() error { l.adopt(n1, 11, at(9)); return l.renew(n1, at(9)) }, errExpired},
 		{"a failed end is told again", func() error { l.retry(n1, at(7)); return expect(l, at(7), n1) }, nil},
-		{"a new epoch", func() error { return l.grant(holder{"n1", 3}, at(9)) }, nil},
-		{"dropping the old epoch leaves it", func() error { l.drop(n1); return l.renew(holder{"n1", 3}, at(9)) }, nil},
-		{"dropped", func() error { l.drop(holder{"n1", 3}); return l.renew(holder{"n1", 3}, at(9)) }, errNoLease},
+		{"a new epoch", func() error { return l.grant(holder{"n1", 3}, 12, at(9)) }, nil},
+		{"an older view does not drop it", func() error { l.drop("n1", 11); return l.renew(holder{"n1", 3}, at(9)) }, nil},
+		{"an older view does not replace it", func() error { l.adopt(n1, 11, at(9)); return l.renew(holder{"n1", 3}, at(9)) }, nil},
+		{"a restored registry does, with a lower epoch", func() error { return l.grant(holder{"n1", 1}, 20, at(9)) }, nil},
+		{"dropped", func() error { l.drop("n1", 20); return l.renew(holder{"n1", 1}, at(9)) }, errNoLease},
 	}
 	for _, s := range steps {
 		if err := s.do(); !errors.Is(err, s.want) {
@@ -63,8 +65,8 @@ func TestLeasesEndExactlyWhenDue(t *testing.T) {
 			switch rapid.IntRange(0, 3).Draw(t, "op") {
 			case 0:
 				if _, held := deadlines[h.node]; !held {
-					l.drop(h)
-					if err := l.grant(h, deadline); err != nil {
+					l.drop(h.node, 1)
+					if err := l.grant(h, 1, deadline); err != nil {
 						t.Fatal(err)
 					}
 					deadlines[h.node] = deadline

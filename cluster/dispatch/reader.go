@@ -36,7 +36,7 @@ func newDirectories() *directories {
 	}
 }
 
-func (d *directories) syncProviders(index uint64, providers []*pb.Provider) {
+func (d *directories) syncProviders(providers []*pb.Provider) {
 	byNode := map[string][]*pb.Provider{}
 	for _, p := range providers {
 		if nodeID := p.GetPlacement().GetNodeId(); nodeID != "" {
@@ -47,8 +47,8 @@ func (d *directories) syncProviders(index uint64, providers []*pb.Provider) {
 	for nodeID, hosted := range byNode {
 		hosts = append(hosts, host{nodeID, hosted})
 	}
-	d.providers.sync(index, providers)
-	d.hosts.sync(index, hosts)
+	d.providers.sync(providers)
+	d.hosts.sync(hosts)
 }
 
 // reader reads the registry for one session and remembers what it read, with
@@ -186,14 +186,14 @@ func (r *reader) watch(ws memdb.WatchSet) {
 			ws.Add(channel)
 		}
 	}
-	for id := range r.nodes {
-		r.dirs.nodes.watch(ws, id, r.view.Index())
+	for id, p := range r.nodes {
+		r.dirs.nodes.watch(ws, id, p.record, p.known)
 	}
-	for id := range r.providers {
-		r.dirs.providers.watch(ws, id, r.view.Index())
+	for id, p := range r.providers {
+		r.dirs.providers.watch(ws, id, p.record, p.known)
 	}
-	for id := range r.hosts {
-		r.dirs.hosts.watch(ws, id, r.view.Index())
+	for id, p := range r.hosts {
+		r.dirs.hosts.watch(ws, id, host{id, p.record}, len(p.record) > 0)
 	}
 }
 

@@ -47,7 +47,7 @@ func (d *Dispatcher) RegisterNode(ctx context.Context, req *pb.RegisterNodeReque
 		return nil, err
 	}
 	h := holder{nodeID, result.GetEpoch()}
-	if err := t.leases.grant(h, t.clock.Now().Add(held(ttl))); err != nil {
+	if err := t.leases.grant(h, result.GetIndex(), t.clock.Now().Add(held(ttl))); err != nil {
 		return nil, registerAgain(h, err)
 	}
 	view, err := t.view(ctx)

@@ -44,7 +44,8 @@ func (s *session) next(view fsm.View) []*pb.WatchAssignmentsResponse {
 // watch makes ws fire when next may return something.
 func (s *session) watch(ws memdb.WatchSet) {
 	s.reader.watch(ws)
-	s.reader.dirs.nodes.watch(ws, s.self.node, s.reader.view.Index())
+	node, known := s.reader.view.Node(s.self.node)
+	s.reader.dirs.nodes.watch(ws, s.self.node, node, known)
 }
 
 // pack puts changes into as few messages as their size allows.

@@ -1,6 +1,7 @@
 package dispatch
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -330,6 +331,82 @@ func TestEpochWhoseEndIsUnderWayIsNotKept(t *testing.T) {
 		pass(2 * expiryRetry)
 		if n := r.node("n1"); n.GetState() != pb.NodeState_NODE_STATE_READY || n.GetEpoch() != 2 {
 			t.Errorf("the late expiry of epoch 1 hit epoch 2: %v", n)
+		}
+	})
+}
+
+// A restored snapshot takes epochs and the index back under a leader that stays.
+func TestSessionsStartOverAfterASnapshotIsRestored(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRegistry(t)
+		l := newLead(t, r, "p1").settle(t)
+		l.register(t, "n1", 0)
+		l.register(t, "n2", 0)
+		l.register(t, "n4", 0)
+		r.addProvider(t, "kv", "n1", nil)
+		var snapshot bytes.Buffer
+		if err := r.state.WriteSnapshot(r.state.View(), &snapshot); err != nil {
+			t.Fatal(err)
+		}
+		pass(held(DefaultLeaseTTL)) // all are lost
+		l.register(t, "n4", 0)
+		for range 3 {
+			l.register(t, "n1", 0)
+		}
+		l.register(t, "n3", 0)
+		s, gone := l.watch(t, "n1", 4), l.watch(t, "n3", 1)
+		s.take(t)
+		gone.take(t)
+		before := l.metric(t, "wasmatrix_node_session_wakes_total")
+		if err := r.state.Restore(&snapshot); err != nil {
+			t.Fatal(err)
+		}
+		wantCode(t, "the stream of an epoch that never was", <-s.ended, conflict)
+		wantCode(t, "the stream of a node that never was", <-gone.ended, conflict)
+		again := l.register(t, "n1", 4)
+		if _, err := l.renew(t, "n1", again.Epoch); err != nil {
+			t.Fatal(err)
+		}
+		s = l.watch(t, "n1", again.Epoch)
+		wantChanges(t, "the new session", s.take(t), "provider kv")
+		if got := l.metric(t, "wasmatrix_node_session_wakes_total") - before; got > 10 {
+			t.Errorf("sessions woke %v times", got)
+		}
+		for range 3 * renewalsPerTTL {
+			pass(DefaultLeaseTTL / renewalsPerTTL)
+			if _, err := l.renew(t, "n1", again.Epoch); err != nil {
+				t.Fatal(err)
+			}
+		}
+		pass(held(DefaultLeaseTTL) - DefaultLeaseTTL)
+		if got := r.node("n2").GetState(); got != pb.NodeState_NODE_STATE_LOST {
+			t.Errorf("n2, alive in the snapshot only, is %s", got)
+		}
+		if n := r.node("n4"); n.GetState() != pb.NodeState_NODE_STATE_LOST || n.GetEpoch() != 1 {
+			t.Errorf("n4, alive in an older epoch in the snapshot, is %v", n)
+		}
+		if got := r.node("n1").GetState(); got != pb.NodeState_NODE_STATE_READY {
+			t.Errorf("n1 is %s", got)
+		}
+	})
+}
+
+func TestNodeThatStaysAwayAfterARestoreIsLost(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRegistry(t)
+		l := newLead(t, r, "p1").settle(t)
+		l.register(t, "n1", 0)
+		var snapshot bytes.Buffer
+		if err := r.state.WriteSnapshot(r.state.View(), &snapshot); err != nil {
+			t.Fatal(err)
+		}
+		l.register(t, "n1", 0)
+		if err := r.state.Restore(&snapshot); err != nil {
+			t.Fatal(err)
+		}
+		pass(2*held(DefaultLeaseTTL) + time.Millisecond)
+		if n := r.node("n1"); n.GetState() != pb.NodeState_NODE_STATE_LOST || n.GetEpoch() != 1 {
+			t.Errorf("%v, want epoch 1 to be lost", n)
 		}
 	})
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"math"
 	"sync/atomic"
 	"time"
 
@@ -124,14 +125,14 @@ func (t *term) syncLeases(ctx context.Context) (memdb.WatchSet, error) {
 		h := holder{node: node.GetId(), epoch: node.GetEpoch()}
 		if fsm.Ready(node) {
 			ready++
-			t.leases.adopt(h, grace)
+			t.leases.adopt(h, view.Index(), grace)
 		} else {
-			t.leases.drop(h)
+			t.leases.drop(h.node, view.Index())
 		}
 	}
 	t.ttl.Store(int64(t.settings.ttlFor(ready)))
 	t.metrics.countNodes(nodes)
-	t.dirs.nodes.sync(view.Index(), nodes)
+	t.dirs.nodes.sync(nodes)
 	return ws, nil
 }
 
@@ -143,7 +144,7 @@ func (t *term) followProviders(ctx context.Context) error {
 			return err
 		}
 		ws := memdb.NewWatchSet()
-		t.dirs.syncProviders(view.Index(), view.Providers(ws))
+		t.dirs.syncProviders(view.Providers(ws))
 		if err := ws.WatchCtx(ctx); err != nil {
 			return err
 		}
@@ -203,13 +204,18 @@ func (t *term) commitExpiries(ctx context.Context, due []holder) error {
 
 func (t *term) commitExpiry(ctx context.Context, h holder) error {
 	log := t.log.With("node", h.node, "epoch", h.epoch)
-	_, err := t.peer.Propose(ctx, &pb.Command{
+	result, err := t.peer.Propose(ctx, &pb.Command{
 		Actor: actor,
 		Payload: &pb.Command_ExpireNode{ExpireNode: &pb.ExpireNodeCommand{
 			NodeId: h.node, Epoch: h.epoch,
 		}},
 	})
 	switch {
+	case err == nil && result.GetEpoch() != h.epoch:
+		// The registry knows the node by another epoch: it has registered meanwhile, or
+		// a snapshot was restored. That epoch needs a lease to end by, too.
+		t.leases.adopt(holder{h.node, result.GetEpoch()}, result.GetIndex(), t.clock.Now().Add(held(t.leaseTTL())))
+		return nil
 	case err == nil:
 		t.metrics.expirations.Inc()
 		log.WarnContext(ctx, "lease expired")
@@ -218,6 +224,9 @@ func (t *term) commitExpiry(ctx context.Context, h holder) error {
 		return ctx.Err()
 	case apierror.CodeOf(err) == pb.ErrorCode_ERROR_CODE_NO_LEADER:
 		return fmt.Errorf("expire node %s: %w", h.node, err)
+	case apierror.CodeOf(err) == pb.ErrorCode_ERROR_CODE_NODE_NOT_FOUND:
+		t.leases.drop(h.node, math.MaxUint64)
+		return nil
 	default:
 		log.ErrorContext(ctx, "the end of a lease was not committed", "retry_in", expiryRetry, "error", err)
 		t.leases.retry(h, t.clock.Now().Add(expiryRetry))

@@ -257,31 +257,34 @@ func TestLargeSetsComeInPieces(t *testing.T) {
 	}
 }
 
-func TestDirectoryWakesWhoeverReadAnOlderView(t *testing.T) {
+func TestDirectoryWakesWhoeverHasSeenSomethingElse(t *testing.T) {
 	node := func(id, address string) *pb.Node {
 		return &pb.Node{Id: id, Info: &pb.NodeInfo{AgentAddress: address}}
 	}
 	d := newDirectories().nodes
-	d.sync(10, []*pb.Node{node("a", "a:1"), node("b", "b:1")})
-	watch := func(id string, index uint64) memdb.WatchSet {
+	d.sync([]*pb.Node{node("a", "a:1"), node("b", "b:1")})
+	watch := func(id string, seen *pb.Node) memdb.WatchSet {
 		ws := memdb.NewWatchSet()
-		d.watch(ws, id, index)
+		d.watch(ws, id, seen, seen != nil)
 		return ws
 	}
-	a, b, c := watch("a", 10), watch("b", 10), watch("c", 10)
-	d.sync(12, []*pb.Node{node("a", "a:2"), node("b", "b:1")})
+	a, b, c := watch("a", node("a", "a:1")), watch("b", node("b", "b:1")), watch("c", nil)
+	if fired(a) || fired(b) || fired(c) {
+		t.Errorf("nothing changed: a %t, b %t, c %t", fired(a), fired(b), fired(c))
+	}
+	d.sync([]*pb.Node{node("a", "a:2"), node("b", "b:1")})
 	if !fired(a) || fired(b) || fired(c) {
 		t.Errorf("a moved: a %t, b %t, c %t", fired(a), fired(b), fired(c))
 	}
-	if !fired(watch("a", 11)) || fired(watch("a", 12)) || fired(watch("a", 13)) {
-		t.Error("whoever read a before index 12, and nobody else, is to look again")
+	if !fired(watch("a", node("a", "a:1"))) || fired(watch("a", node("a", "a:2"))) {
+		t.Error("whoever saw a where it was, and nobody else, is to look again")
 	}
-	d.sync(14, []*pb.Node{node("a", "a:2"), node("c", "c:1")})
+	d.sync([]*pb.Node{node("a", "a:2"), node("c", "c:1")})
 	if !fired(b) || !fired(c) {
 		t.Errorf("b left and c came: b %t, c %t", fired(b), fired(c))
 	}
-	if !fired(watch("b", 13)) || fired(watch("b", 14)) {
-		t.Error("whoever read b before index 14, and nobody else, is to look again")
+	if !fired(watch("b", node("b", "b:1"))) || fired(watch("b", nil)) {
+		t.Error("whoever saw b, and nobody else, is to look again")
 	}
 }
 

@@ -253,10 +253,11 @@ func fill(t *testing.T, dir string, n int) {
 
 func TestBboltSaysThatItsFileIsDamaged(t *testing.T) {
 	damages := map[string]func(b []byte) []byte{
-		"not a database":  func([]byte) []byte { return []byte(strings.Repeat("this is no database\n", 1000)) },
-		"truncated":       func(b []byte) []byte { return b[:len(b)/2/4096*4096] },
-		"truncated short": func(b []byte) []byte { return b[:100] },
-		"no meta pages":   func(b []byte) []byte { return append(make([]byte, 8192), b[8192:]...) },
+		"not a database":           func([]byte) []byte { return []byte(strings.Repeat("this is no database\n", 1000)) },
+		"truncated":                func(b []byte) []byte { return b[:len(b)/2/4096*4096] },
+		"truncated short":          func(b []byte) []byte { return b[:100] },
+		"truncated to a few pages": func(b []byte) []byte { return b[:5*4096] },
+		"no meta pages":            func(b []byte) []byte { return append(make([]byte, 8192), b[8192:]...) },
 		"a value": func(b []byte) []byte {
 			return bytes.ReplaceAll(b, []byte("424242"), []byte("434242"))
 		},

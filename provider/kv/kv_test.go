@@ -1,12 +1,17 @@
 package kv_test
 
 import (
+	"errors"
+	"log/slog"
 	"path/filepath"
 	"testing"
 	"time"
 
 	"go.uber.org/goleak"
+	"google.golang.org/protobuf/proto"
 
+	"github.com/wasmatrix/wasmatrix/permission"
+	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
 	"github.com/wasmatrix/wasmatrix/provider"
 	"github.com/wasmatrix/wasmatrix/provider/kv"
 	"github.com/wasmatrix/wasmatrix/provider/providertest"
@@ -45,4 +50,76 @@ func TestBboltWithSyncConforms(t *testing.T) {
 		}
 		return open(t, now, provider.Config{ID: "kv", Driver: "bbolt", Dir: t.TempDir()})
 	})
+}
+
+func payload(t *testing.T, m proto.Message) []byte {
+	t.Helper()
+	b, err := proto.Marshal(m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func TestKindNamesProviderAndPermission(t *testing.T) {
+	tests := []struct {
+		operation string
+		request   proto.Message
+		need      string
+	}{
+		{"get", &pb.KvGetRequest{Provider: "p", Key: []byte("orders/1")}, "kv:read:orders/1"},
+		{"list", &pb.KvListRequest{Provider: "p", Prefix: []byte("orders/"), Cursor: []byte("secrets/")}, "kv:read:orders/"},
+		{"list", &pb.KvListRequest{Provider: "p"}, "kv:read"},
+		{"set", &pb.KvSetRequest{Provider: "p", Key: []byte("k"), Value: []byte("v")}, "kv:write:k"},
+		{"cas", &pb.KvCasRequest{Provider: "p", Key: []byte("k")}, "kv:write:k"},
+		{"delete", &pb.KvDeleteRequest{Provider: "p", Key: []byte("k")}, "kv:delete:k"},
+	}
+	kind := kv.New(kv.Options{})
+	for _, tt := range tests {
+		b := payload(t, tt.request)
+		target, err := kind.Target(tt.operation, b)
+		if err != nil || target != "p" {
+			t.Errorf("%s: target %q, %v", tt.operation, target, err)
+		}
+		need, err := kind.Need(tt.operation, b)
+		if err != nil || need.String() != tt.need || need.Capability != kind.Type() {
+			t.Errorf("%s: need %q, %v; want %q", tt.operation, need, err, tt.need)
+		}
+		if got := kind.Repeatable(tt.operation); got != (tt.operation == "get" || tt.operation == "list") {
+			t.Errorf("%s: repeatable %v", tt.operation, got)
+		}
+		if action, ok := permission.ForImport("kv", tt.operation); !ok || action.Action != need.Action {
+			t.Errorf("%s: the import needs %+v, the call %+v", tt.operation, action, need)
+		}
+	}
+	for operation, b := range map[string][]byte{"drop": nil, "get": {0xff}, "set": payload(t, &pb.KvSetRequest{Value: []byte("v")})} {
+		if _, err := kind.Need(operation, b); !errors.Is(err, provider.ErrInvalid) {
+			t.Errorf("%s %q: %v, want ErrInvalid", operation, b, err)
+		}
+	}
+}
+
+// A closed provider lets go of its file at once, so that it can be replaced.
+func TestBboltIsReplacedByAHost(t *testing.T) {
+	defer goleak.VerifyNone(t)
+	host := provider.NewHost(slog.New(slog.DiscardHandler), kv.New(kv.Options{}))
+	cfg := provider.Config{ID: "kv", Dir: t.TempDir()}
+	call := func(operation string, m proto.Message) error {
+		_, err := host.Invoke(t.Context(), "kv", "kv", provider.Call{Bucket: "b", Operation: operation, Payload: payload(t, m)})
+		return err
+	}
+	for i := range 3 {
+		if err := host.Start(t.Context(), "kv", cfg); err != nil {
+			t.Fatalf("start %d: %v", i, err)
+		}
+		if err := call("set", &pb.KvSetRequest{Key: []byte("k"), Value: []byte("v")}); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := host.Close(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if err := call("get", &pb.KvGetRequest{Key: []byte("k")}); !errors.Is(err, provider.ErrUnavailable) {
+		t.Errorf("after Close: %v", err)
+	}
 }

@@ -48,6 +48,7 @@ func KV(t *testing.T, open OpenKV) {
 		{"concurrent writers and readers see whole values", testConcurrentWhole},
 		{"a random history agrees with a model", testModel},
 		{"a closed provider is unavailable", testClosed},
+		{"close waits for calls under way", testCloseUnderCalls},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -466,4 +467,30 @@ func testClosed(t *testing.T, f *fixture) {
 			t.Errorf("%s after Close: %v, want ErrUnavailable", operation, err)
 		}
 	}
+}
+
+func testCloseUnderCalls(t *testing.T, f *fixture) {
+	var wg sync.WaitGroup
+	var closed atomic.Bool
+	for w := range 8 {
+		wg.Go(func() {
+			for i := 0; ; i++ {
+				late := closed.Load()
+				err := f.try("set", &pb.KvSetRequest{Key: fmt.Appendf(nil, "%d/%d", w, i)}, &pb.KvSetResponse{})
+				if errors.Is(err, provider.ErrUnavailable) {
+					return
+				}
+				if err != nil || late {
+					t.Errorf("write %d/%d: %v, begun after Close: %v", w, i, err, late)
+					return
+				}
+			}
+		})
+	}
+	f.set("k", "v", 0)
+	if err := f.p.Close(); err != nil {
+		t.Error(err)
+	}
+	closed.Store(true)
+	wg.Wait()
 }

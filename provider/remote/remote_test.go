@@ -134,6 +134,14 @@ func TestForgedCallersAreRefused(t *testing.T) {
 			&pb.InvokeCapabilityRequest{Caller: instanceCaller("i", 3, 5)}, denied,
 		},
 		{"from a user", admin, "", &pb.InvokeCapabilityRequest{Caller: instanceCaller("i", 3, 5)}, denied},
+		{
+			"from a user with the name of the node", p.issue(t, identity.User, "a", identity.RoleAdmin), "",
+			&pb.InvokeCapabilityRequest{Caller: instanceCaller("i", 3, 5)}, denied,
+		},
+		{
+			"from a peer with the name of the node", p.issue(t, identity.Node, "a", identity.RoleServer), "",
+			&pb.InvokeCapabilityRequest{Caller: instanceCaller("i", 3, 5)}, denied,
+		},
 		{"an old generation", worker("a"), "", &pb.InvokeCapabilityRequest{Caller: instanceCaller("i", 2, 5)}, denied},
 		{"a future generation", worker("a"), "", &pb.InvokeCapabilityRequest{Caller: instanceCaller("i", 4, 5)}, denied},
 		{"no generation", worker("a"), "", &pb.InvokeCapabilityRequest{Caller: instanceCaller("i", 0, 0)}, denied},

@@ -211,9 +211,8 @@ func (f *Fake) Prepare(ctx context.Context, spec runtime.Spec, host runtime.Host
 			return nil, err
 		}
 	}
-	life, cancel := context.WithCancelCause(context.Background())
 	i := &fakeInstance{
-		fake: f, spec: spec, host: host, life: life, cancel: cancel,
+		fake: f, spec: spec, host: host,
 		ended: make(chan struct{}), slots: make(chan struct{}, max(spec.Concurrency, 1)),
 	}
 	f.mu.Lock()
@@ -244,13 +243,11 @@ const (
 )
 
 type fakeInstance struct {
-	fake   *Fake
-	spec   runtime.Spec
-	host   runtime.Host
-	life   context.Context
-	cancel context.CancelCauseFunc
-	ended  chan struct{}
-	slots  chan struct{}
+	fake  *Fake
+	spec  runtime.Spec
+	host  runtime.Host
+	ended chan struct{}
+	slots chan struct{}
 
 	// What follows is guarded by fake.mu.
 	state    fakeState
@@ -264,7 +261,6 @@ func (i *fakeInstance) endLocked(exit runtime.Exit) {
 		return
 	}
 	i.state, i.exit = fakeEnded, exit
-	i.cancel(runtime.ErrNotRunning)
 	close(i.ended)
 	i.fake.touchLocked()
 }
@@ -348,14 +344,22 @@ func (i *fakeInstance) call(ctx context.Context, handler runtime.Handler, payloa
 	if invoke == nil {
 		return slices.Clone(payload), nil
 	}
-	var cancel context.CancelFunc
 	if i.spec.Timeout > 0 {
-		ctx, cancel = context.WithTimeout(ctx, i.spec.Timeout)
-	} else {
-		ctx, cancel = context.WithCancel(ctx)
+		var stop context.CancelFunc
+		ctx, stop = context.WithTimeout(ctx, i.spec.Timeout)
+		defer stop()
 	}
+	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	defer context.AfterFunc(i.life, cancel)()
+	over := make(chan struct{})
+	defer close(over)
+	go func() {
+		select {
+		case <-i.ended:
+			cancel()
+		case <-over:
+		}
+	}()
 	return invoke(ctx, i.spec, i.host, handler, slices.Clone(payload))
 }
 

@@ -67,6 +67,11 @@ func Spinner() []byte {
 	return Handler(nil, LocalGet(1), If(Loop(Br(0))), I64Const(0))
 }
 
+// Either is a reactor that traps when its input is empty and spins otherwise.
+func Either() []byte {
+	return Handler(nil, LocalGet(1), If(Loop(Br(0))), Unreachable)
+}
+
 // Trapper is a reactor that echoes unless its input is empty; then it traps in a
 // function named crash_here.
 func Trapper() []byte {

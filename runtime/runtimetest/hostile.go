@@ -23,7 +23,9 @@ type Hostile struct {
 // hostileTime is the time limit under which hostile modules run.
 const hostileTime = 200 * time.Millisecond
 
-func runHostile(t *testing.T, open func(t *testing.T) runtime.Runtime) {
+// RunHostile is the part of Run about HostileModules: each is refused or ended by
+// its time limit, and the executor goes on to serve others.
+func RunHostile(t *testing.T, open func(t *testing.T) runtime.Runtime) {
 	for _, h := range HostileModules() {
 		t.Run(h.Name, func(t *testing.T) {
 			r := open(t)
@@ -60,10 +62,10 @@ func runHostile(t *testing.T, open func(t *testing.T) runtime.Runtime) {
 }
 
 // command is a command without imports whose _start runs code.
-func command(locals []byte, code ...[]byte) []byte {
+func command(code ...[]byte) []byte {
 	var m Module
 	m.Memory(1)
-	m.Func("_start", nil, nil, locals, code...)
+	m.Func("_start", nil, nil, nil, code...)
 	return m.Bytes()
 }
 
@@ -75,7 +77,7 @@ func HostileModules() []Hostile {
 // spinners never end by themselves.
 func spinners() []Hostile {
 	return []Hostile{
-		{Name: "endless loop", Module: func() []byte { return command(nil, Loop(Br(0))) }},
+		{Name: "endless loop", Module: func() []byte { return command(Loop(Br(0))) }},
 		{Name: "endless loop in the start function", Module: func() []byte {
 			var m Module
 			m.Memory(1)
@@ -84,10 +86,10 @@ func spinners() []Hostile {
 			return m.Bytes()
 		}},
 		{Name: "endless loop by br_table", Module: func() []byte {
-			return command(nil, Loop(I32Const(0), []byte{0x0e, 1, 0, 0}))
+			return command(Loop(I32Const(0), []byte{0x0e, 1, 0, 0}))
 		}},
 		{Name: "endless loop with a result", Module: func() []byte {
-			return command(nil, []byte{0x03, I32}, Br(0), []byte{0x0b}, Drop)
+			return command([]byte{0x03, I32}, Br(0), []byte{0x0b}, Drop)
 		}},
 		{Name: "exponential calls without a loop", Module: func() []byte {
 			var m Module
@@ -127,12 +129,12 @@ func spinners() []Hostile {
 			return m.Bytes()
 		}},
 		{Name: "filling memory for ever", Module: func() []byte {
-			return command(nil, I32Const(200), MemoryGrow, Drop,
+			return command(I32Const(200), MemoryGrow, Drop,
 				Loop(I32Const(0), I32Const(7), I32Const(200<<16), MemoryFill, Br(0)))
 		}},
 		{Name: "copying memory in a long straight line", Module: func() []byte {
 			one := Cat(I32Const(0), I32Const(64), I32Const(200<<16), MemoryCopy)
-			return command(nil, I32Const(201), MemoryGrow, Drop, Repeat(1000, one))
+			return command(I32Const(201), MemoryGrow, Drop, Repeat(1000, one))
 		}},
 		{Name: "a long straight line of calls", Module: func() []byte {
 			var m Module
@@ -156,7 +158,7 @@ func spinners() []Hostile {
 // hogs take more than they should.
 func hogs() []Hostile {
 	return []Hostile{
-		{Name: "growing memory for ever", Module: func() []byte { return command(nil, Loop(I32Const(16), MemoryGrow, Drop, Br(0))) }},
+		{Name: "growing memory for ever", Module: func() []byte { return command(Loop(I32Const(16), MemoryGrow, Drop, Br(0))) }},
 		{Name: "4 GiB of memory from the start", Refused: true, Module: func() []byte {
 			var m Module
 			m.Memory(65536)
@@ -242,7 +244,7 @@ func compilerBombs() []Hostile {
 			return raw([]byte{0}, Repeat(8<<20/3, []byte{0x41, 1, 0x1a}), end)()
 		}},
 		{Name: "a memory that claims 2^32 data segments", Refused: true, Module: func() []byte {
-			return Cat(command(nil), Section(11, U32(0xffffffff)))
+			return Cat(command(), Section(11, U32(0xffffffff)))
 		}},
 	}
 }
@@ -260,10 +262,10 @@ func malformed() []Hostile {
 		{Name: "a component", Refused: true, Module: bytesOf(0, 'a', 's', 'm', 0x0d, 0, 1, 0)},
 		{Name: "cut off", Refused: true, Module: cut(40)},
 		{Name: "setting a global that metering adds", Refused: true, Module: func() []byte {
-			return command(nil, I64Const(1<<62), GlobalSet(0), Loop(Br(0)))
+			return command(I64Const(1<<62), GlobalSet(0), Loop(Br(0)))
 		}},
 		{Name: "calling a function that metering adds", Refused: true, Module: func() []byte {
-			return command(nil, Call(1))
+			return command(Call(1))
 		}},
 		{Name: "an import of the checkpoint", Refused: true, Module: func() []byte {
 			var m Module
@@ -274,14 +276,14 @@ func malformed() []Hostile {
 		}},
 		{Name: "an instruction encoded longer than it should be", Module: func() []byte {
 			// memory.fill as 0xfc 0x8b 0x00, which other decoders may read as two instructions.
-			return command(nil, I32Const(0), I32Const(0), I32Const(0), []byte{0xfc, 0x8b, 0, 0})
+			return command(I32Const(0), I32Const(0), I32Const(0), []byte{0xfc, 0x8b, 0, 0})
 		}},
-		{Name: "a tail call", Refused: true, Module: func() []byte { return command(nil, []byte{0x12, 0}) }},
-		{Name: "atomics", Refused: true, Module: func() []byte { return command(nil, []byte{0xfe, 3, 0}) }},
-		{Name: "an exception", Refused: true, Module: func() []byte { return command(nil, []byte{0x08, 0}) }},
+		{Name: "a tail call", Refused: true, Module: func() []byte { return command([]byte{0x12, 0}) }},
+		{Name: "atomics", Refused: true, Module: func() []byte { return command([]byte{0xfe, 3, 0}) }},
+		{Name: "an exception", Refused: true, Module: func() []byte { return command([]byte{0x08, 0}) }},
 		{Name: "code after the end of a function", Refused: true, Module: func() []byte {
-			return command(nil, []byte{0x0b, 0x01})
+			return command([]byte{0x0b, 0x01})
 		}},
-		{Name: "a type error", Refused: true, Module: func() []byte { return command(nil, I64Const(0), I32Eqz, Drop) }},
+		{Name: "a type error", Refused: true, Module: func() []byte { return command(I64Const(0), I32Eqz, Drop) }},
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	goruntime "runtime"
 	"slices"
 
 	"github.com/tetratelabs/wazero"
@@ -69,9 +70,13 @@ func valueTypes(types []api.ValueType) []module.ValueType {
 	return out
 }
 
-// checkpoint is called by a metered guest whose budget is used up.
+// checkpoint is called by a metered guest whose budget is used up. It gives way:
+// Go cannot take the processor from compiled guests otherwise, and neither other
+// guests nor the agent's own work should wait for the ten milliseconds after
+// which it would try.
 func checkpoint(ctx context.Context, _ api.Module, stack []uint64) {
 	slotOf(ctx).interruptible()
+	goruntime.Gosched()
 	stack[0] = budget
 }
 
@@ -88,7 +93,8 @@ func capabilityFunction(capability, operation string) api.GoModuleFunc {
 // after, so that a call neither begins nor returns after the instance has ended.
 func (s *slot) capability(mem api.Memory, capability, operation string, stack []uint64) (status, size uint32) {
 	s.answer, s.waiting = nil, false
-	s.interruptible()
+	ctx := s.hostContext()
+	unwanted := s.cutOff()
 	s.instance.capabilityCalls.Add(1)
 	inPtr, inLen := uint32(stack[0]), uint32(stack[1])
 	outPtr, outCap := uint32(stack[2]), uint32(stack[3])
@@ -108,8 +114,12 @@ func (s *slot) capability(mem api.Memory, capability, operation string, stack []
 	}
 	// The host gets a copy: the guest's memory is unmapped when it ends, and a
 	// host that held on to it by mistake would bring down the process.
-	answer, err := s.callHost(capability, operation, append([]byte(nil), in...))
-	s.interruptible()
+	if unwanted {
+		f := s.failure(apierror.New(pb.ErrorCode_ERROR_CODE_TIMEOUT, "the caller's deadline has passed"))
+		return f.Code, s.deliver(out, f.Encoded)
+	}
+	answer, err := s.callHost(ctx, capability, operation, append([]byte(nil), in...))
+	s.cutOff()
 	if err != nil {
 		var failure *runtime.Failure
 		if !errors.As(err, &failure) {
@@ -121,15 +131,27 @@ func (s *slot) capability(mem api.Memory, capability, operation string, stack []
 	return 0, s.deliver(out, answer)
 }
 
+// cutOff ends the guest like interruptible, and reports whether only the context
+// for calls of the host has ended: nobody waits for what they achieve.
+func (s *slot) cutOff() (unwanted bool) {
+	select {
+	case <-s.call.hostDone:
+		s.interruptible()
+		return true
+	default:
+		return false
+	}
+}
+
 // callHost calls the host and turns a panic of it into an error.
-func (s *slot) callHost(capability, operation string, payload []byte) (answer []byte, err error) {
+func (s *slot) callHost(ctx context.Context, capability, operation string, payload []byte) (answer []byte, err error) {
 	defer func() {
 		if r := recover(); r != nil {
 			s.instance.logger.Error("capability call panicked", "capability", capability, "operation", operation, "panic", r)
 			answer, err = nil, apierror.New(pb.ErrorCode_ERROR_CODE_INTERNAL_ERROR, "%s %s failed", capability, operation)
 		}
 	}()
-	return s.instance.host.Call(s.call, capability, operation, payload)
+	return s.instance.host.Call(ctx, capability, operation, payload)
 }
 
 // deliver writes an answer to the guest's output, or keeps it when it does not fit.
@@ -148,7 +170,7 @@ func (s *slot) refuse(out []byte, format string, args ...any) (status, size uint
 }
 
 func (s *slot) failure(e *apierror.Error) *runtime.Failure {
-	message := e.Proto(s.call)
+	message := e.Proto(s.hostContext())
 	encoded, err := proto.Marshal(message)
 	if err != nil {
 		s.instance.logger.Error("encoding the error of a capability call", slog.Any("error", err))

@@ -55,11 +55,12 @@ type state struct {
 	phase phase
 	exit  runtime.Exit
 	idle  []*slot
-	// out counts the slots in use, calls holds what cuts off the guest in each.
+	// out counts the slots in use; calls holds what cuts off their calls of the
+	// host, began when the guest was entered.
 	out       int
 	calls     map[*slot]context.CancelCauseFunc
-	usage     runtime.Usage
 	began     map[*slot]time.Time
+	usage     runtime.Usage
 	finished  bool
 	closed    bool
 	unitFreed bool
@@ -126,52 +127,62 @@ func (i *instance) runCommand(ctx context.Context, s *slot) {
 
 // guarded runs f in the guest, for at most Timeout, and cuts it off when the
 // instance ends. A guest that does not return from f ends the instance; the error
-// then says how.
+// then says how. Of ctx it takes the values, and the deadline for calls of the
+// host: a caller that gives up must not end a guest that others share.
 func (i *instance) guarded(ctx context.Context, s *slot, f func(context.Context) error) error {
-	late := context.DeadlineExceeded
+	c := call{caller: context.WithoutCancel(ctx)}
+	c.wanted, _ = ctx.Deadline()
 	if i.spec.Timeout > 0 {
-		if end, ok := ctx.Deadline(); !ok || time.Until(end) > i.spec.Timeout {
-			late = errTimeLimit
-		}
-		var stop context.CancelFunc
-		ctx, stop = context.WithTimeoutCause(ctx, i.spec.Timeout, errTimeLimit)
-		defer stop()
+		c.deadline = time.Now().Add(i.spec.Timeout)
 	}
-	ctx, cut := context.WithCancelCause(ctx)
-	defer cut(nil)
-	if !i.enter(s, cut) {
-		return i.endedError()
-	}
-	err := s.enter(ctx, late, f)
-	i.leave(s)
+	err := i.inGuest(s, c, f)
 	if err == nil {
 		return nil
+	}
+	if errors.Is(err, errEnded) {
+		return i.endedError()
 	}
 	exit := s.exitOf(err)
 	i.end(exit)
 	return i.callError(s, exit)
 }
 
-// enter notes that the guest runs in a slot; false when the instance has ended.
-func (i *instance) enter(s *slot, cut context.CancelCauseFunc) bool {
+// inGuest runs f in the guest and counts its time; errEnded when the instance
+// has ended before.
+func (i *instance) inGuest(s *slot, c call, f func(context.Context) error) error {
+	began := time.Now()
+	st := &i.state
+	st.mu.Lock()
+	if st.phase == ended {
+		st.mu.Unlock()
+		return errEnded
+	}
+	st.began[s] = began
+	st.mu.Unlock()
+	err := s.enter(c, f)
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	st.usage.GuestTime += time.Since(began)
+	delete(st.began, s)
+	return err
+}
+
+// remember notes what cuts off the calls of the host that a slot makes.
+func (i *instance) remember(s *slot, cut context.CancelCauseFunc) {
 	st := &i.state
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	if st.phase == ended {
-		return false
+		cut(errEnded)
 	}
 	st.calls[s] = cut
-	st.began[s] = time.Now()
-	return true
 }
 
-func (i *instance) leave(s *slot) {
+func (i *instance) forget(s *slot) {
 	st := &i.state
 	st.mu.Lock()
 	defer st.mu.Unlock()
-	st.usage.GuestTime += time.Since(st.began[s])
 	delete(st.calls, s)
-	delete(st.began, s)
 }
 
 // callError is the error of a call whose guest did not return from it.

@@ -2,6 +2,7 @@ package wasm
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strconv"
 	"time"
@@ -186,16 +187,14 @@ func (i *instance) drainSlot(ctx context.Context, s *slot) string {
 	if s.module == nil {
 		return ""
 	}
-	ctx, cut := context.WithCancelCause(ctx)
-	defer cut(nil)
-	if !i.enter(s, cut) {
-		return "stopped"
-	}
-	err := s.enter(ctx, context.DeadlineExceeded, func(ctx context.Context) error { return s.run(ctx, exportDrain) })
-	i.leave(s)
+	deadline, _ := ctx.Deadline()
+	c := call{caller: ctx, done: ctx.Done(), deadline: deadline}
+	err := i.inGuest(s, c, func(ctx context.Context) error { return s.run(ctx, exportDrain) })
 	switch {
 	case err == nil:
 		return ""
+	case errors.Is(err, errEnded):
+		return "stopped"
 	case s.cause != nil:
 		return "stopped by force, the drain handler did not return in time"
 	default:

@@ -4,12 +4,26 @@ import (
 	"context"
 	"io"
 	"log/slog"
+	"os"
 	"testing"
+	"time"
+
+	"go.uber.org/goleak"
 
 	"github.com/wasmatrix/wasmatrix/runtime"
 	"github.com/wasmatrix/wasmatrix/runtime/runtimetest"
 	"github.com/wasmatrix/wasmatrix/runtime/wasm"
 )
+
+// compileChild is the argument that makes the test binary the compiling child.
+const compileChild = "compile-child"
+
+func TestMain(m *testing.M) {
+	if len(os.Args) > 1 && os.Args[1] == compileChild {
+		os.Exit(wasm.CompileMain(os.Args[2:], os.Stdin, os.Stderr))
+	}
+	goleak.VerifyTestMain(m)
+}
 
 func open(t testing.TB, change ...func(*wasm.Config)) *wasm.Runtime {
 	t.Helper()
@@ -27,6 +41,24 @@ func open(t testing.TB, change ...func(*wasm.Config)) *wasm.Runtime {
 		}
 	})
 	return r
+}
+
+// onDisk keeps compiled modules in dir.
+func onDisk(dir string) func(*wasm.Config) {
+	return func(c *wasm.Config) { c.CacheDir = dir }
+}
+
+// inChild compiles in a child process with these bounds.
+func inChild(t testing.TB, timeout time.Duration, memory uint64) func(*wasm.Config) {
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return func(c *wasm.Config) {
+		c.CacheDir = t.TempDir()
+		c.CompileCommand = []string{self, compileChild}
+		c.CompileTimeout, c.CompileMemoryBytes = timeout, memory
+	}
 }
 
 func TestConformance(t *testing.T) {

@@ -41,16 +41,29 @@ type slot struct {
 	alloc    api.Function
 	handlers map[runtime.Handler]api.Function
 
-	// call is the context of the present call, deadline the end of its time, zero
-	// when there is none, and late the cause once it is over.
-	call     context.Context //nolint:containedctx // the guest's imports have no other way to it
-	deadline time.Time
-	late     error
+	call call
 	// cause is set when the present call was interrupted.
 	cause error
 	// answer waits for wasmatrix:result/v1 read.
 	answer  []byte
 	waiting bool
+}
+
+// call is what bounds the present call of a slot.
+type call struct {
+	// caller carries the values of whoever called; its end is that of the guest
+	// only where done is not nil.
+	caller context.Context //nolint:containedctx // the guest's imports have no other way to it
+	done   <-chan struct{}
+	// deadline is when the guest is ended, zero for never.
+	deadline time.Time
+	// wanted is until when calls of the host make sense, zero for ever.
+	wanted time.Time
+	// host is the context for calls of the host, nil until the first; it costs a
+	// timer, which a call that only computes can do without. cut ends it.
+	host     context.Context //nolint:containedctx // see above
+	hostDone <-chan struct{}
+	cut      func()
 }
 
 func newSlot(i *instance) *slot {
@@ -78,37 +91,70 @@ func slotOf(ctx context.Context) *slot {
 	return c.slot
 }
 
-// enter makes ctx the context of what f does in the guest.
-// late is the cause of the end of ctx's time.
-func (s *slot) enter(ctx context.Context, late error, f func(ctx context.Context) error) (err error) {
-	s.call, s.cause, s.memory.refused = ctx, nil, false
-	s.deadline, _ = ctx.Deadline()
-	s.late = late
+// enter runs f in the guest, bounded by c.
+func (s *slot) enter(c call, f func(ctx context.Context) error) (err error) {
+	s.call, s.cause, s.memory.refused = c, nil, false
 	s.answer, s.waiting = nil, false
 	defer func() {
-		s.call, s.answer, s.waiting = nil, nil, false
+		if s.call.cut != nil {
+			s.call.cut()
+		}
+		s.call, s.answer, s.waiting = call{}, nil, false
 		if r := recover(); r != nil {
 			err = fmt.Errorf("%w: %v", errInternal, r)
 		}
 	}()
-	return f(&callContext{Context: ctx, slot: s})
+	return f(&callContext{Context: c.caller, slot: s})
 }
 
 // interruptible ends the guest, by a panic that wazero turns into the error of
 // the call, when the call's time is over or its instance has ended. It is called
-// wherever the guest calls out.
+// wherever the guest calls out. With more spinning guests than processors timers
+// are late, so it looks at the clock itself.
 func (s *slot) interruptible() {
 	select {
-	case <-s.call.Done():
-		s.cause = context.Cause(s.call)
+	case <-s.instance.dying:
+		s.interrupt(errEnded)
 	default:
-		// With more spinning guests than processors, timers are late.
-		if s.deadline.IsZero() || time.Now().Before(s.deadline) {
-			return
-		}
-		s.cause = s.late
 	}
+	select {
+	case <-s.call.done:
+		s.interrupt(context.Cause(s.call.caller))
+	default:
+	}
+	if !s.call.deadline.IsZero() && !time.Now().Before(s.call.deadline) {
+		s.interrupt(errTimeLimit)
+	}
+}
+
+func (s *slot) interrupt(cause error) {
+	s.cause = cause
 	panic(errInterrupted)
+}
+
+// hostContext returns the context for calls of the host. It ends when nobody
+// wants their answers any more, and with the guest.
+func (s *slot) hostContext() context.Context {
+	c := &s.call
+	if c.host != nil {
+		return c.host
+	}
+	ctx, cut := context.WithCancelCause(c.caller)
+	stop := func() {}
+	if end := c.deadline; !end.IsZero() || !c.wanted.IsZero() {
+		if end.IsZero() || !c.wanted.IsZero() && c.wanted.Before(end) {
+			end = c.wanted
+		}
+		ctx, stop = context.WithDeadline(ctx, end)
+	}
+	c.host, c.hostDone = ctx, ctx.Done()
+	c.cut = func() {
+		stop()
+		cut(nil)
+		s.instance.forget(s)
+	}
+	s.instance.remember(s, cut)
+	return ctx
 }
 
 // instantiate creates the wasm instance. The start function of the module, if it

@@ -1,7 +1,6 @@
 package wasm
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"regexp"
@@ -71,13 +70,7 @@ func (s *slot) interruptedExit(err error) runtime.Exit {
 	if errors.Is(s.cause, errEnded) {
 		return runtime.Exit{Reason: runtime.Stopped, Message: "stopped" + where}
 	}
-	message := "the caller's deadline passed while the guest was running"
-	switch {
-	case errors.Is(s.cause, errTimeLimit):
-		message = fmt.Sprintf("time limit of %s reached", s.instance.spec.Timeout.Round(time.Microsecond))
-	case errors.Is(s.cause, context.Canceled):
-		message = "the caller gave up while the guest was running"
-	}
+	message := fmt.Sprintf("time limit of %s reached", s.instance.spec.Timeout.Round(time.Microsecond))
 	return runtime.Exit{Reason: runtime.TimeLimit, Message: message + where}
 }
 

@@ -90,12 +90,16 @@ func (g guestRandom) Read(p []byte) (int, error) {
 
 // sleep waits, at most as long as the call may take.
 func (s *slot) sleep(d time.Duration) {
+	if !s.call.deadline.IsZero() {
+		d = min(d, time.Until(s.call.deadline))
+	}
 	if d > 0 {
 		timer := time.NewTimer(d)
 		defer timer.Stop()
 		select {
 		case <-timer.C:
-		case <-s.call.Done():
+		case <-s.call.done:
+		case <-s.instance.dying:
 		}
 	}
 	s.interruptible()

@@ -16,6 +16,13 @@ import (
 	"github.com/wasmatrix/wasmatrix/test/harness"
 )
 
+var (
+	unreachable = []byte{0x00}
+	// growUntilRefused asks for a megabyte again and again, and traps when it gets none.
+	growUntilRefused = runtimetest.Loop(runtimetest.I32Const(16), []byte{0x40, 0x00}, runtimetest.I32Const(-1), []byte{0x46},
+		runtimetest.If(unreachable), runtimetest.Br(0))
+)
+
 // TestHostileWorkloads gives the cluster what it must refuse or survive. Each
 // is a clear error or event and an exit code, and disturbs nothing else.
 func TestHostileWorkloads(t *testing.T) {
@@ -46,15 +53,15 @@ func TestHostileWorkloads(t *testing.T) {
 		{"truncated", []string{"run", write("cut.wasm", append(bytes.Clone(header), 1, 0x7f, 1))}, 2, []string{"INVALID_REQUEST"}},
 		{"component", []string{"run", write("component.wasm", []byte{0, 'a', 's', 'm', 0x0d, 0, 1, 0})}, 2, []string{"component"}},
 		{"too large", []string{"run", write("huge.wasm", huge)}, 2, []string{"64 MiB"}},
-		{"unknown import", []string{"run", write("import.wasm", runtimetest.UnknownImport())}, 2, []string{"wasi_snapshot_preview2"}},
+		{"unknown import", []string{"run", write("import.wasm", runtimetest.Caller("wasi_snapshot_preview2", "get"))}, 2, []string{"wasi_snapshot_preview2"}},
 		{"missing permission", []string{"run", hello, "--name", "denied"}, 5, []string{"wasmatrix:kv/v1", "--allow kv:read"}},
 		{"manifest with a typo", []string{"apply", "-f", write("typo.yaml", []byte("name: hello\nmodul: sha256:00\n"))}, 2, []string{"modul", "module"}},
 		{"unknown flag", []string{"run", hello, "--alow", "kv:read"}, 2, []string{"--alow"}},
 		{"unknown command", []string{"instance", "lst"}, 2, []string{"list"}},
 		{"unknown instance", []string{"instance", "get", "nobody"}, 3, []string{"INSTANCE_NOT_FOUND"}},
-		{"traps at start", []string{"run", write("trap.wasm", runtimetest.TrapAtStart()), "--name", "trap", "--restart", "never"}, 8, []string{"unreachable"}},
-		{"loops for ever at start", []string{"run", write("loop.wasm", runtimetest.LoopAtStart()), "--name", "loop", "--timeout", "300ms", "--restart", "never"}, 8, []string{"time limit"}},
-		{"allocates past its limit", []string{"run", write("grow.wasm", runtimetest.GrowAtStart()), "--name", "grow", "--memory", "1MiB", "--restart", "never"}, 8, []string{"memory"}},
+		{"traps at start", []string{"run", write("trap.wasm", runtimetest.Initializer(unreachable)), "--name", "trap", "--restart", "never"}, 8, []string{"unreachable"}},
+		{"loops for ever at start", []string{"run", write("loop.wasm", runtimetest.Initializer(runtimetest.Loop(runtimetest.Br(0)))), "--name", "loop", "--timeout", "300ms", "--restart", "never"}, 8, []string{"time limit"}},
+		{"allocates past its limit", []string{"run", write("grow.wasm", runtimetest.Initializer(growUntilRefused)), "--name", "grow", "--memory", "1MiB", "--restart", "never"}, 8, []string{"memory"}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			out := c.CLI(tc.args...)

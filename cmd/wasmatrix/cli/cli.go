@@ -23,7 +23,7 @@ type Env struct {
 	Stderr io.Writer
 	// Getenv reads an environment variable.
 	Getenv func(string) string
-	// Now reads the clock, for ages and durations.
+	// Now reads the clock, for ages and durations; nil means time.Now.
 	Now func() time.Time
 }
 
@@ -36,6 +36,7 @@ func OSEnv() Env {
 type app struct {
 	env    Env
 	global globalFlags
+	began  time.Time
 }
 
 // globalFlags are the flags that every command has.
@@ -58,6 +59,9 @@ const (
 // New returns the root command with all commands of this package. The caller
 // may add further ones before it hands the root to Execute.
 func New(env Env) *cobra.Command {
+	if env.Now == nil {
+		env.Now = time.Now
+	}
 	a := &app{env: env}
 	root := &cobra.Command{
 		Use:   "wasmatrix",
@@ -123,9 +127,13 @@ func Execute(ctx context.Context, cmd *cobra.Command, env Env) int {
 	return report(ran.Context(), env, form, err)
 }
 
+// elapsed is how long the command has run.
+func (a *app) elapsed() time.Duration { return a.env.Now().Sub(a.began) }
+
 // prepare checks the global flags and puts the correlation id into the
 // command's context.
 func (a *app) prepare(cmd *cobra.Command) error {
+	a.began = a.env.Now()
 	switch a.global.output {
 	case formTable, formJSON, formYAML, formName:
 	default:

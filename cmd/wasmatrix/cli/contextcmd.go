@@ -57,8 +57,13 @@ func (a *app) newContextShow() *cobra.Command {
 			}
 			err = a.print(result{message: message, names: []string{c.TLSDir}, table: func(w io.Writer) {
 				for _, line := range [][2]string{
-					{"context", c.Name}, {"file", path}, {"cluster", c.Cluster}, {"addresses", strings.Join(c.Addresses, " ")},
-					{"certificate", orInline(c.TLSDir)}, {"subject", subject}, {"expires", orDash(expires)},
+					{"context", c.Name},
+					{"file", path},
+					{"cluster", c.Cluster},
+					{"addresses", strings.Join(c.Addresses, " ")},
+					{"certificate", orInline(c.TLSDir)},
+					{"subject", subject},
+					{"expires", orDash(expires)},
 				} {
 					fmt.Fprintf(w, "%-12s %s\n", line[0], line[1])
 				}

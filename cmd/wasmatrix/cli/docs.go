@@ -21,36 +21,56 @@ type topic struct {
 // topics explains every error code. A test holds it complete.
 func topics() []topic {
 	return []topic{
-		{"INVALID_REQUEST", "The request is malformed or breaks a documented rule; sending it again unchanged fails again.",
+		{
+			"INVALID_REQUEST", "The request is malformed or breaks a documented rule; sending it again unchanged fails again.",
 			"a misspelt field, a name with capitals, a value out of range; the details name each field",
-			"wasmatrix validate -f FILE checks a manifest without a cluster"},
-		{"INSTANCE_NOT_FOUND", "No instance has this id, name or prefix.",
-			"it was removed, never accepted, or belongs to another cluster", "wasmatrix instance list; wasmatrix context show"},
-		{"PROVIDER_NOT_FOUND", "No provider has this id, or there is none of the type that is needed.",
-			"it was deregistered, or no node's configuration declares one", "wasmatrix provider list; wasmatrix provider register NAME --type TYPE"},
+			"wasmatrix validate -f FILE checks a manifest without a cluster",
+		},
+		{
+			"INSTANCE_NOT_FOUND", "No instance has this id, name or prefix.",
+			"it was removed, never accepted, or belongs to another cluster", "wasmatrix instance list; wasmatrix context show",
+		},
+		{
+			"PROVIDER_NOT_FOUND", "No provider has this id, or there is none of the type that is needed.",
+			"it was deregistered, or no node's configuration declares one", "wasmatrix provider list; wasmatrix provider register NAME --type TYPE",
+		},
 		{"MODULE_NOT_FOUND", "No module has this digest.", "it was never uploaded to this cluster", "wasmatrix module list; wasmatrix module push FILE.wasm"},
 		{"NODE_NOT_FOUND", "No node or peer has this id.", "its agent never registered, or the peer was removed", "wasmatrix node list; wasmatrix cluster peers"},
-		{"PERMISSION_DENIED", "The caller may not do this: an instance without the permission, a certificate without the role, or no secure connection.",
+		{
+			"PERMISSION_DENIED", "The caller may not do this: an instance without the permission, a certificate without the role, or no secure connection.",
 			"a permission was not granted or was revoked; the certificate is expired or of another cluster",
-			"wasmatrix can NAME PERMISSION; wasmatrix grant NAME PERMISSION; wasmatrix context show"},
-		{"RESOURCE_EXHAUSTED", "A limit was reached: memory, concurrency, size, number of instances; or no node has room.",
-			"all slots of an instance are busy, nodes are full", "wasmatrix explain NAME; raise limits, or add replicas or nodes"},
-		{"PROVIDER_UNAVAILABLE", "The provider exists and does not serve at the moment.",
-			"it was stopped, its driver does not open, or its node is lost", "wasmatrix provider get NAME; wasmatrix provider start NAME"},
-		{"COMMUNICATION_FAILURE", "The other side could not be reached, or the connection broke before an answer came.",
-			"a process is down, a wrong address, a firewall; an invocation may have been carried out", "wasmatrix status; wasmatrix context show"},
+			"wasmatrix can NAME PERMISSION; wasmatrix grant NAME PERMISSION; wasmatrix context show",
+		},
+		{
+			"RESOURCE_EXHAUSTED", "A limit was reached: memory, concurrency, size, number of instances; or no node has room.",
+			"all slots of an instance are busy, nodes are full", "wasmatrix explain NAME; raise limits, or add replicas or nodes",
+		},
+		{
+			"PROVIDER_UNAVAILABLE", "The provider exists and does not serve at the moment.",
+			"it was stopped, its driver does not open, or its node is lost", "wasmatrix provider get NAME; wasmatrix provider start NAME",
+		},
+		{
+			"COMMUNICATION_FAILURE", "The other side could not be reached, or the connection broke before an answer came.",
+			"a process is down, a wrong address, a firewall; an invocation may have been carried out", "wasmatrix status; wasmatrix context show",
+		},
 		{"TIMEOUT", "The deadline passed first.", "a slow guest or disk, a wait that was too short", "raise --timeout or --wait-timeout; wasmatrix events"},
-		{"CONFLICT", "The request does not fit the present state.",
-			"a name in use, a running instance that is to be removed, a provider that is not stopped", "look at the state the details tell, then decide"},
-		{"NO_LEADER", "The control plane has no leader at the moment; running instances and their capability calls go on.",
-			"an election is under way, or a majority of the voting peers is gone", "wasmatrix status; start the missing peers; reads work with --stale"},
+		{
+			"CONFLICT", "The request does not fit the present state.",
+			"a name in use, a running instance that is to be removed, a provider that is not stopped", "look at the state the details tell, then decide",
+		},
+		{
+			"NO_LEADER", "The control plane has no leader at the moment; running instances and their capability calls go on.",
+			"an election is under way, or a majority of the voting peers is gone", "wasmatrix status; start the missing peers; reads work with --stale",
+		},
 		{"INTERNAL_ERROR", "A defect of wasmatrix itself.", "one that we would like to know", "the server's log lines of the correlation id say more"},
-		{"permissions", "What an instance may do with a provider. Nothing is allowed that was not granted; revoking takes effect at once.",
+		{
+			"permissions", "What an instance may do with a provider. Nothing is allowed that was not granted; revoking takes effect at once.",
 			"kv:read kv:write kv:delete, each with an optional key prefix (kv:read:orders/)\n" +
 				"http:request, narrowed by any http:domain:HOST\n" +
 				"msg:publish msg:subscribe, each with an optional subject (msg:publish:orders.*)\n" +
 				"provider:ID:OPERATION for external providers",
-			"wasmatrix run FILE --allow PERMISSION; wasmatrix grant NAME PERMISSION; wasmatrix can NAME PERMISSION"},
+			"wasmatrix run FILE --allow PERMISSION; wasmatrix grant NAME PERMISSION; wasmatrix can NAME PERMISSION",
+		},
 	}
 }
 

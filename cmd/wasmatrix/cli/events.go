@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -131,10 +132,12 @@ func (a *app) watch(ctx context.Context, c *client.Client, show func(context.Con
 		return err
 	}
 	ctx, cancel := context.WithCancel(ctx)
+	var events sync.WaitGroup
+	defer events.Wait()
 	defer cancel()
 	failed := make(chan error, 1)
 	wake := make(chan struct{}, 1)
-	go func() {
+	events.Go(func() {
 		// What is recorded already is in what is shown first.
 		for e, err := range c.WatchEvents(ctx, &pb.WatchEventsRequest{Follow: true}) {
 			if err != nil {
@@ -149,7 +152,7 @@ func (a *app) watch(ctx context.Context, c *client.Client, show func(context.Con
 			default:
 			}
 		}
-	}()
+	})
 	for {
 		if terminal(a.env.Stdout) {
 			fmt.Fprint(a.env.Stdout, "\x1b[H\x1b[2J")

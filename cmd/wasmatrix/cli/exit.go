@@ -172,8 +172,7 @@ func report(ctx context.Context, env Env, form string, err error) int {
 		code = exitCode(shaped)
 	}
 	full := shaped.Proto(ctx)
-	var usage *usageError
-	if errors.As(err, &usage) {
+	if _, usage := errors.AsType[*usageError](err); usage {
 		// It caused nothing in the cluster that one could look for.
 		full.CorrelationId = ""
 	}

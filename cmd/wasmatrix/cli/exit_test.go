@@ -120,7 +120,7 @@ func TestWrongCommandLinesAreUsageErrors(t *testing.T) {
 		{[]string{"instance", "get"}, "try:  wasmatrix instance get NAME [flags]\n"},
 		{[]string{"status", "now"}, "wasmatrix status takes no argument, got \"now\"\n"},
 		{[]string{"ps", "-o", "xml"}, "want table, json, yaml or name"},
-		{[]string{"ps", "--state", "RUNING"}, "unknown state \"RUNING\""},
+		{[]string{"ps", "--state", "RUNN"}, "unknown state \"RUNN\""},
 		{[]string{"ps", "--correlation-id", "a b"}, "--correlation-id \"a b\""},
 		{[]string{"ps", "--timeout", "-1s"}, "negative"},
 		{[]string{"ps", "--context", "nowhere"}, "try:  wasmatrix context list shows"},
@@ -184,7 +184,7 @@ func TestNoContextSaysWhatToDo(t *testing.T) {
 
 func TestUnreachableClusterExitsWith6(t *testing.T) {
 	b := newBench(t)
-	code, _, stderr := b.run("ps", "--address", "127.0.0.1:1", "--timeout", "200ms")
+	code, _, stderr := b.runIn(t.Context(), "ps", "--address", "127.0.0.1:1", "--timeout", "200ms")
 	if code != 6 || !strings.Contains(stderr, "127.0.0.1:1  dial tcp") {
 		t.Errorf("exit %d\n%s", code, stderr)
 	}

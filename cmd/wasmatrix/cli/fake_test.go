@@ -3,6 +3,7 @@ package cli
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -61,7 +62,6 @@ type bench struct {
 	t    *testing.T
 	fake *fake
 	home string
-	env  Env
 	in   string
 	tick time.Duration // by how much the clock moves with each look at it
 	mu   sync.Mutex
@@ -79,8 +79,10 @@ func newBench(t *testing.T) *bench {
 	if err != nil {
 		t.Fatal(err)
 	}
-	f := &fake{changed: make(chan struct{}), fail: map[string]error{}, kv: map[string]string{}, kind: pb.ModuleKind_MODULE_KIND_REACTOR,
-		becomes: func(i *pb.Instance) { i.Status.State = pb.InstanceState_INSTANCE_STATE_RUNNING }}
+	f := &fake{
+		changed: make(chan struct{}), fail: map[string]error{}, kv: map[string]string{}, kind: pb.ModuleKind_MODULE_KIND_REACTOR,
+		becomes: func(i *pb.Instance) { i.Status.State = pb.InstanceState_INSTANCE_STATE_RUNNING },
+	}
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -389,9 +391,11 @@ func (f *fake) UploadModule(stream grpc.ClientStreamingServer[pb.UploadModuleReq
 		return err
 	}
 	for {
-		if _, err := stream.Recv(); err == io.EOF {
+		_, err := stream.Recv()
+		if errors.Is(err, io.EOF) {
 			break
-		} else if err != nil {
+		}
+		if err != nil {
 			return err
 		}
 	}
@@ -629,7 +633,7 @@ func (f *fake) SnapshotRestore(stream grpc.ClientStreamingServer[pb.SnapshotRest
 	var got []byte
 	for {
 		m, err := stream.Recv()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			f.snapshot = got
 			return stream.SendAndClose(&pb.SnapshotRestoreResponse{Index: 43})
 		}

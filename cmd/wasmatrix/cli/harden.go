@@ -58,8 +58,7 @@ func flagError(cmd *cobra.Command, err error) error {
 		return err
 	}
 	out := &usageError{err: fmt.Errorf("%s: %w", cmd.CommandPath(), err), next: cmd.CommandPath() + " --help"}
-	var unknown *pflag.NotExistError
-	if errors.As(err, &unknown) {
+	if unknown, ok := errors.AsType[*pflag.NotExistError](err); ok {
 		var names []string
 		visit := func(f *pflag.Flag) { names = append(names, f.Name) }
 		cmd.Flags().VisitAll(visit)

@@ -219,7 +219,6 @@ func restarted(before *pb.InstanceStatus, i *pb.Instance) bool {
 func (a *app) settle(ctx context.Context, c *client.Client, target string, instances []*pb.Instance, wf waitFlags, word string, done func(*pb.Instance) bool) error {
 	latest := map[string]*pb.Instance{}
 	s := a.steps()
-	began := a.env.Now()
 	if !wf.no {
 		told := map[string]bool{}
 		err := a.waitFor(ctx, c, s, wait{
@@ -237,7 +236,7 @@ func (a *app) settle(ctx context.Context, c *client.Client, target string, insta
 				})
 			},
 		})
-		s.end(a.env.Now().Sub(began))
+		s.end(a.elapsed())
 		if err != nil {
 			return err
 		}

@@ -96,7 +96,7 @@ func workloadFailed(name string, failed []*pb.Instance) error {
 		e = verdict("%s failed: %s", failed[0].GetId(), why(failed[0]))
 	}
 	for _, i := range failed {
-		e.With(i.GetId(), fmt.Sprintf("%s on %s after %s, %s", stateOf(i), orDash(i.GetPlacement().GetNodeId()),
+		e = e.With(i.GetId(), fmt.Sprintf("%s on %s after %s, %s", stateOf(i), orDash(i.GetPlacement().GetNodeId()),
 			plural(int(i.GetStatus().GetAttempt()), "attempt"), why(i)))
 	}
 	return fail(exitFailed, e.Next("wasmatrix logs %s", name))
@@ -120,7 +120,7 @@ func notPlaceable(ctx context.Context, c *client.Client, i *pb.Instance) error {
 		Next("it stays pending and starts when a node can take it; wasmatrix explain %s, or wasmatrix instance rm %s --force", i.GetId(), i.GetId())
 	if explained, err := c.Explain(ctx, &pb.ExplainRequest{Target: i.GetId()}); err == nil {
 		for _, n := range explained.GetNodes() {
-			e.With(n.GetNodeId(), strings.Join(n.GetReasons(), "; "))
+			e = e.With(n.GetNodeId(), strings.Join(n.GetReasons(), "; "))
 		}
 	}
 	return fail(exitNotPlaceable, e)

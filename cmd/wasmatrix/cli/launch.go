@@ -24,7 +24,6 @@ type launch struct {
 	client    *client.Client
 	steps     *steps
 	name      string
-	began     time.Time
 	limit     time.Duration
 	instances []*pb.Instance
 
@@ -39,7 +38,7 @@ func (l *launch) wait(ctx context.Context, command bool) error {
 	if err := l.until(ctx, "run", l.limit, l.runs); err != nil {
 		return err
 	}
-	l.steps.end(l.app.env.Now().Sub(l.began))
+	l.steps.end(l.app.elapsed())
 	if !command {
 		if failed := l.failed(); len(failed) > 0 {
 			return workloadFailed(l.name, failed)

@@ -92,7 +92,6 @@ func (a *app) newNodeDrain() *cobra.Command {
 			}
 			if !wf.no {
 				s := a.steps()
-				began := a.env.Now()
 				err := a.waitFor(cmd.Context(), c, s, wait{
 					what: args[0] + " to be drained", limit: wf.limit,
 					look: func(ctx context.Context) (bool, string, error) { return lookNode(ctx, c, args[0], "DRAINED") },
@@ -101,7 +100,7 @@ func (a *app) newNodeDrain() *cobra.Command {
 					return err
 				}
 				s.done("%s has no instances", args[0])
-				s.end(a.env.Now().Sub(began))
+				s.end(a.elapsed())
 			}
 			return a.printNode(resp, resp.GetNode(), "drains")
 		}),

@@ -19,6 +19,9 @@ const (
 	// lookEvery is how often a wait looks without being told by an event, because
 	// not every change is one.
 	lookEvery = time.Second
+	// lookFor bounds one look, so that a wait can say what it waits for also while
+	// the control plane does not answer.
+	lookFor = 4 * time.Second
 	// defaultWait bounds waits unless a flag says otherwise.
 	defaultWait = time.Minute
 )
@@ -100,7 +103,9 @@ func (a *app) waitFor(ctx context.Context, c *client.Client, s *steps, w wait) e
 	found := "nothing yet"
 	for fresh := true; ; {
 		if fresh {
-			done, now, err := w.look(ctx)
+			lookCtx, cancel := context.WithTimeout(ctx, lookFor)
+			done, now, err := w.look(lookCtx)
+			cancel()
 			switch {
 			case err == nil && done:
 				return nil

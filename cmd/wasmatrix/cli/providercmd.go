@@ -279,7 +279,6 @@ func (a *app) settleProvider(ctx context.Context, c *client.Client, resp proto.M
 		return a.printProvider(resp, p)
 	}
 	s := a.steps()
-	began := a.env.Now()
 	latest := &pb.GetProviderResponse{Provider: p}
 	err := a.waitFor(ctx, c, s, wait{
 		what: fmt.Sprintf("provider %s to be %s", p.GetId(), want), subject: p.GetId(), limit: wf.limit,
@@ -301,7 +300,7 @@ func (a *app) settleProvider(ctx context.Context, c *client.Client, resp proto.M
 		return err
 	}
 	s.done("%s %s on %s", p.GetId(), strings.ToLower(want), orDash(latest.GetProvider().GetPlacement().GetNodeId()))
-	s.end(a.env.Now().Sub(began))
+	s.end(a.elapsed())
 	return a.print(result{message: latest, names: []string{p.GetId()}, table: func(io.Writer) {}})
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"maps"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -191,7 +192,6 @@ func (rf *runFlags) apply(cmd *cobra.Command, spec *pb.WorkloadSpec) error {
 
 // start stores the module of spec, starts it, and waits as rf says.
 func (a *app) start(ctx context.Context, c *client.Client, spec *pb.WorkloadSpec, rf *runFlags) error {
-	began := a.env.Now()
 	s := a.steps()
 	grants, err := rf.grants.grants(ctx, c, rf.allow)
 	if err != nil {
@@ -208,10 +208,10 @@ func (a *app) start(ctx context.Context, c *client.Client, spec *pb.WorkloadSpec
 		return err
 	}
 	if rf.waiting.no {
-		s.end(a.env.Now().Sub(began))
+		s.end(a.elapsed())
 		return a.print(result{message: started, names: idsOf(started.GetInstances()), table: a.instanceTable(started.GetInstances())})
 	}
-	l := &launch{app: a, client: c, steps: s, name: spec.GetName(), began: began, limit: rf.waiting.limit, instances: started.GetInstances()}
+	l := &launch{app: a, client: c, steps: s, name: spec.GetName(), limit: rf.waiting.limit, instances: started.GetInstances()}
 	err = l.wait(ctx, module.GetKind() == pb.ModuleKind_MODULE_KIND_COMMAND)
 	if ctx.Err() != nil {
 		s.say("%s stays in the cluster; wasmatrix instance stop %s", spec.GetName(), spec.GetName())
@@ -334,11 +334,8 @@ func merged(base, over map[string]string) map[string]string {
 		return base
 	}
 	out := map[string]string{}
-	for _, m := range []map[string]string{base, over} {
-		for key, value := range m {
-			out[key] = value
-		}
-	}
+	maps.Copy(out, base)
+	maps.Copy(out, over)
 	return out
 }
 

@@ -205,10 +205,14 @@ func TestValidateNeedsNoCluster(t *testing.T) {
 func TestManifestMistakesAreShownWhereTheyAre(t *testing.T) {
 	b := newBench(t)
 	for name, tt := range map[string]struct{ text, want string }{
-		"a typo": {"name: hello\nmodule: x.wasm\nreplcas: 2\n",
-			"m.yaml:3:1 unknown field \"replcas\"; did you mean \"replicas\"?\n   3 | replcas: 2\n   3 | ^\n"},
-		"a nested typo": {"name: hello\nmodule: x.wasm\nlimits:\n  memroy: 1MiB\n",
-			"m.yaml:4:3 unknown field \"memroy\"; did you mean \"memory\"?\n   4 |   memroy: 1MiB\n   4 | ..^\n"},
+		"a typo": {
+			"name: hello\nmodule: x.wasm\nreplcas: 2\n",
+			"m.yaml:3:1 unknown field \"replcas\"; did you mean \"replicas\"?\n   3 | replcas: 2\n   3 | ^\n",
+		},
+		"a nested typo": {
+			"name: hello\nmodule: x.wasm\nlimits:\n  memroy: 1MiB\n",
+			"m.yaml:4:3 unknown field \"memroy\"; did you mean \"memory\"?\n   4 |   memroy: 1MiB\n   4 | ..^\n",
+		},
 		"nothing alike":    {"name: hello\nmodule: x.wasm\nzzz: 2\n", "unknown field \"zzz\"; known are name, module, "},
 		"a broken rule":    {"name: Hello\nmodule: x.wasm\n", "m.yaml:1:7 name: does not match regex pattern"},
 		"a wrong type":     {"name: hello\nmodule: x.wasm\nreplicas: many\n", "m.yaml:3:11 "},

@@ -54,7 +54,7 @@ func (a *app) waitState(ctx context.Context, c *client.Client, subject, state st
 		kind, name = "instance", subject
 	}
 	w := wait{what: fmt.Sprintf("%s %s to be %s", kind, name, state), subject: name, limit: limit}
-	known := map[string]int32{}
+	var known map[string]int32
 	prefix := ""
 	switch kind {
 	case "instance", "workload":

@@ -118,9 +118,9 @@ func (f *function) finish(section []byte) []byte {
 	if f.used {
 		r := reader{buf: f.head}
 		groups := r.u32()
-		head := appendU32(nil, groups+1)
-		head = append(head, f.head[r.pos:]...)
-		f.head = append(head, 1, byte(I32))
+		head := append(appendU32(nil, groups+1), f.head[r.pos:]...)
+		head = append(head, 1, byte(I32))
+		f.head = head
 	}
 	section = appendU32(section, uint32(len(f.head)+len(f.out)))
 	return append(append(section, f.head...), f.out...)
