@@ -104,7 +104,7 @@ func New(cfg Config) (*Agent, error) {
 	if err != nil {
 		return nil, fmt.Errorf("agent configuration: %w", err)
 	}
-	a := &Agent{cfg: cfg, log: cfg.Logger.With("node", cfg.Node.GetId()), assigned: assigned{set: newAssignments()}}
+	a := &Agent{cfg: cfg, log: cfg.Logger, assigned: assigned{set: newAssignments()}}
 	m := newMetrics()
 	peers := &peerList{configured: cfg.Peers}
 	a.lease = newLease(cfg.Clock, cfg.Standalone, func() { a.worker.poke() })

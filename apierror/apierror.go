@@ -83,13 +83,13 @@ func (e *Error) Proto(ctx context.Context) *pb.Error {
 // Is reports whether target is an *Error with the same code, so that
 // errors.Is(err, apierror.New(code, "")) works.
 func (e *Error) Is(target error) bool {
-	var other *Error
-	return errors.As(target, &other) && other.Code() == e.Code()
+	other, ok := errors.AsType[*Error](target)
+	return ok && other.Code() == e.Code()
 }
 
 // GRPCStatus makes grpc-go send e with its detail.
 func (e *Error) GRPCStatus() *status.Status {
-	return e.Status(context.Background())
+	return e.Status(context.Background()) //nolint:forbidigo // the interface has no context
 }
 
 // Status returns the gRPC status that carries e, completed from ctx.
@@ -118,12 +118,11 @@ func From(err error) *Error {
 	if err == nil {
 		return nil
 	}
-	var own *Error
-	if errors.As(err, &own) {
+	if own, ok := errors.AsType[*Error](err); ok {
 		if own.Error() == err.Error() {
 			return own
 		}
-		wrapped := FromProto(own.Proto(context.Background()))
+		wrapped := FromProto(own.Proto(context.Background())) //nolint:forbidigo // only the fields are wanted
 		wrapped.proto.Message = err.Error()
 		return wrapped
 	}

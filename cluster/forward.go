@@ -96,7 +96,12 @@ type forwarded struct {
 // run finds the leader and makes the call. It tries again only when that cannot
 // do anything twice.
 func (f *forwarded) run(ctx context.Context, next grpc.UnaryHandler) (any, error) {
-	wait, cancel := context.WithTimeout(ctx, f.peer.cfg.Timers.LeaderWait)
+	limit := f.peer.cfg.Timers.LeaderWait
+	if end, bounded := ctx.Deadline(); bounded {
+		// The answer that there is no leader must still reach the caller.
+		limit = min(limit, time.Until(end)*4/5)
+	}
+	wait, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	for {
 		changed := f.peer.changed.wait()

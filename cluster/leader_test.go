@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/hashicorp/raft"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	"google.golang.org/grpc/metadata"
@@ -63,16 +64,25 @@ func TestPlannedStopHandsLeadershipOver(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
 	leader := l.three()
-	term := leader.raft.Load().CurrentTerm()
-	other := l.other(leader)
-	leader.stop()
-	// Without a transfer nobody would stand for election before a heartbeat is missed.
-	if id, _ := other.Leader(); id == leader.cfg.ID {
-		t.Errorf("%s still counts as the leader", id)
+	// A candidate that was told to stand says so in its request for votes; one
+	// that missed heartbeats does not.
+	requests := make(chan raft.Observation, 64)
+	for _, p := range l.peers {
+		if p != leader {
+			p.raft.Load().RegisterObserver(raft.NewObserver(requests, true, func(o *raft.Observation) bool {
+				_, ok := o.Data.(raft.RequestVoteRequest)
+				return ok
+			}))
+		}
 	}
-	next := l.leader()
-	if got := next.raft.Load().CurrentTerm(); got != term+1 {
-		t.Errorf("term %d after the transfer, want %d", got, term+1)
+	leader.stop()
+	select {
+	case o := <-requests:
+		if request, ok := o.Data.(raft.RequestVoteRequest); !ok || !request.LeadershipTransfer {
+			t.Error("the next leader had to notice by itself that the last one was gone")
+		}
+	case <-time.After(10 * time.Second):
+		t.Fatal("nobody stood for election")
 	}
 	l.put("after")
 }

@@ -1,6 +1,7 @@
 package control
 
 import (
+	"slices"
 	"strings"
 
 	"github.com/wasmatrix/wasmatrix/apierror"
@@ -78,7 +79,7 @@ func checkFits(text, kind, providerID string) error {
 // checkImports refuses a module that imports what none of the grants could ever
 // allow, so that it is told before it starts and not by its first call.
 func checkImports(m *pb.Module, granted []permission.Set) error {
-	var missing []string
+	var missing, allows []string
 	var refused *apierror.Error
 	for _, imported := range m.GetImports() {
 		need, ok := needOf(imported)
@@ -89,15 +90,18 @@ func checkImports(m *pb.Module, granted []permission.Set) error {
 		if refused == nil {
 			refused = apierror.New(pb.ErrorCode_ERROR_CODE_PERMISSION_DENIED,
 				"%s imports %s and no %s permission was granted", moduleName(m), imported, strings.TrimSuffix(need.String(), ":*:*")).
-				With("import", imported).
-				Next("add --allow %s", allow)
+				With("import", imported)
 		}
 		missing = append(missing, imported+" ("+allow+")")
+		if flag := "--allow " + allow; !slices.Contains(allows, flag) {
+			allows = append(allows, flag)
+		}
 	}
 	if refused == nil {
 		return nil
 	}
-	return refused.With("module", m.GetDigest()).With("missing", strings.Join(missing, ", "))
+	return refused.With("module", m.GetDigest()).With("missing", strings.Join(missing, ", ")).
+		Next("add %s", strings.Join(allows, " "))
 }
 
 // needOf returns what a guest needs at least when it imports a function, given

@@ -24,14 +24,47 @@ type boltStore struct {
 	broken atomic.Pointer[provider.Error]
 }
 
-// txn is one write transaction with its two buckets.
+// txn is one write transaction.
 type txn struct {
 	data, expiry *bolt.Bucket
+	totals       *totals
 }
 
-// The two buckets of the file. The data bucket's sequence is the version counter.
+// The buckets of the file. The data bucket's sequence is the version counter.
 func dataBucket() []byte   { return []byte("data") }
 func expiryBucket() []byte { return []byte("expiry") }
+func totalsBucket() []byte { return []byte("totals") }
+
+// totalsKey is the only key of the totals bucket.
+func totalsKey() []byte { return []byte("totals") }
+
+// replace puts a record in the place of another, nil for none, and deletes with
+// a new one of nil.
+func (t txn) replace(key, before, after []byte) error {
+	_, intact := decodeRecord(key, before)
+	if before != nil {
+		t.totals.remove(before)
+	}
+	var err error
+	if after == nil {
+		err = t.data.Delete(key)
+	} else {
+		t.totals.add(after)
+		err = t.data.Put(key, after)
+	}
+	if err == nil && before != nil && !intact {
+		return t.recount() // who knows what it had added
+	}
+	return err
+}
+
+func (t txn) recount() error {
+	*t.totals = totals{}
+	return t.data.ForEach(func(_, v []byte) error {
+		t.totals.add(v)
+		return nil
+	})
+}
 
 func (s *boltStore) usable() error {
 	if broken := s.broken.Load(); broken != nil {
@@ -101,10 +134,11 @@ func (s *boltStore) apply(tx txn, w *write) error {
 	k := encodeKey(w.bucket, w.key)
 	var old record
 	current := uint64(0)
-	if v := tx.data.Get(k); v != nil {
+	before := tx.data.Get(k)
+	if before != nil {
 		var ok bool
 		// A damaged record can be overwritten or deleted, but not compared.
-		if old, ok = decodeRecord(k, v); !ok && w.operation == opCas {
+		if old, ok = decodeRecord(k, before); !ok && w.operation == opCas {
 			return damagedRecord(s.path, w.bucket, w.key)
 		}
 		if !ok {
@@ -116,7 +150,7 @@ func (s *boltStore) apply(tx txn, w *write) error {
 	}
 	if w.operation == opDelete {
 		w.done = current != 0
-		if old.version == 0 {
+		if before == nil {
 			return nil
 		}
 	} else if !w.put(current) {
@@ -128,7 +162,7 @@ func (s *boltStore) apply(tx txn, w *write) error {
 		}
 	}
 	if w.operation == opDelete {
-		return tx.data.Delete(k)
+		return tx.replace(k, before, nil)
 	}
 	version, err := tx.data.NextSequence()
 	if err != nil {
@@ -140,7 +174,7 @@ func (s *boltStore) apply(tx txn, w *write) error {
 			return err
 		}
 	}
-	return tx.data.Put(k, encodeRecord(k, &record{version: version, expires: w.expires, value: w.value}))
+	return tx.replace(k, before, encodeRecord(k, &record{version: version, expires: w.expires, value: w.value}))
 }
 
 func (s *boltStore) sweep(ctx context.Context, now int64, limit int) (removed int, err error) {
@@ -178,8 +212,9 @@ func sweepBefore(tx txn, now int64, limit int, removed *int) error {
 	for _, k := range due {
 		expires, key, _ := splitExpiry(k)
 		// A damaged record that was overwritten leaves its entry behind.
-		if r, ok := decodeRecord(key, tx.data.Get(key)); ok && r.expires == expires {
-			if err := tx.data.Delete(key); err != nil {
+		before := tx.data.Get(key)
+		if r, ok := decodeRecord(key, before); ok && r.expires == expires {
+			if err := tx.replace(key, before, nil); err != nil {
 				return err
 			}
 		}
@@ -214,11 +249,19 @@ func (s *boltStore) update(batch []*job) error {
 	committing := false
 	err := s.guard(func() error {
 		return s.db.Update(func(tx *bolt.Tx) error {
-			t := txn{data: tx.Bucket(dataBucket()), expiry: tx.Bucket(expiryBucket())}
+			stored := tx.Bucket(totalsBucket())
+			sum, ok := decodeTotals(stored.Get(totalsKey()))
+			if !ok {
+				return damaged(s.path, "its totals do not match their checksum")
+			}
+			t := txn{data: tx.Bucket(dataBucket()), expiry: tx.Bucket(expiryBucket()), totals: &sum}
 			for _, j := range batch {
 				if err := j.run(t); err != nil {
 					return err
 				}
+			}
+			if err := stored.Put(totalsKey(), sum.encode()); err != nil {
+				return err
 			}
 			committing = true
 			return nil

@@ -87,66 +87,36 @@ func (s *boltStore) open(o boltOptions) error {
 
 // prepare checks the file and makes its buckets.
 func (s *boltStore) prepare(o boltOptions) error {
-	info, err := os.Stat(s.path)
+	info, err := s.file.Stat()
 	if err != nil {
 		return fileError(s.path, err)
 	}
 	if o.verify == "always" || o.verify == "auto" && info.Size() <= verifyUpTo {
-		if err := s.verify(info.Size()); err != nil {
+		if err := checkError(s.path, checkFile(s.file, info.Size())); err != nil {
 			return err
 		}
 	}
-	err = s.guard(func() error {
-		return s.db.Update(func(tx *bolt.Tx) error {
-			if _, err := tx.CreateBucketIfNotExists(dataBucket()); err != nil {
-				return err
-			}
-			_, err := tx.CreateBucketIfNotExists(expiryBucket())
+	err = s.guard(func() error { return s.db.Update(s.makeBuckets) })
+	return fileError(s.path, err)
+}
+
+func (s *boltStore) makeBuckets(tx *bolt.Tx) error {
+	had := 0
+	for _, name := range [][]byte{dataBucket(), expiryBucket(), totalsBucket()} {
+		if tx.Bucket(name) != nil {
+			had++
+		} else if _, err := tx.CreateBucket(name); err != nil {
 			return err
-		})
-	})
-	return fileError(s.path, err)
-}
-
-// verify checks the structure of the file and reads every record.
-func (s *boltStore) verify(size int64) error {
-	err := s.guard(func() error {
-		return s.db.View(func(tx *bolt.Tx) error {
-			if tx.Size() > size {
-				return damaged(s.path, fmt.Sprintf("it has %d of %d bytes", size, tx.Size()))
-			}
-			// The structure first: bbolt's pages have no checksums of their own.
-			var problem error
-			for err := range tx.Check() {
-				if problem == nil {
-					problem = damaged(s.path, err.Error())
-				}
-			}
-			if problem != nil {
-				return problem
-			}
-			return s.verifyRecords(tx)
-		})
-	})
-	return fileError(s.path, err)
-}
-
-func (s *boltStore) verifyRecords(tx *bolt.Tx) error {
-	data, expiry := tx.Bucket(dataBucket()), tx.Bucket(expiryBucket())
-	if data == nil || expiry == nil {
-		return nil // a new file
+		}
 	}
-	last := data.Sequence()
-	return data.ForEach(func(k, v []byte) error {
-		r, ok := decodeRecord(k, v)
-		if !ok || r.version > last {
-			return damaged(s.path, "a record does not match its checksum").With("record", strconv.Quote(string(k)))
-		}
-		if r.expires != 0 && expiry.Get(encodeExpiry(r.expires, k)) == nil {
-			return damaged(s.path, "the index of expiring keys is incomplete").With("record", strconv.Quote(string(k)))
-		}
+	switch had {
+	case 0:
+		return tx.Bucket(totalsBucket()).Put(totalsKey(), (&totals{}).encode())
+	case 3:
 		return nil
-	})
+	default:
+		return damaged(s.path, fmt.Sprintf("it has %d of its 3 parts", had))
+	}
 }
 
 // guard turns what bbolt does about a damaged file, a panic or a fault in the
@@ -154,9 +124,15 @@ func (s *boltStore) verifyRecords(tx *bolt.Tx) error {
 func (s *boltStore) guard(f func() error) (err error) {
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() {
-		if p := recover(); p != nil {
-			err = damaged(s.path, fmt.Sprint(p)).Because(errPanic)
+		p := recover()
+		if p == nil {
+			return
 		}
+		why := fmt.Sprint(p)
+		if _, fault := p.(interface{ Addr() uintptr }); fault {
+			why = "a part of it is missing or cannot be read"
+		}
+		err = damaged(s.path, why).Because(errPanic)
 	}()
 	return f()
 }

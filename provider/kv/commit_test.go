@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -225,4 +226,52 @@ func BenchmarkBboltSync(b *testing.B) {
 			})
 		})
 	}
+}
+
+// slowStore is a store whose reads wait.
+type slowStore struct {
+	store
+	entered, release chan struct{}
+	reading          atomic.Int32
+}
+
+func (s *slowStore) get(string, []byte, int64, func([]byte, uint64) []byte) ([]byte, error) {
+	s.reading.Add(1)
+	defer s.reading.Add(-1)
+	close(s.entered)
+	<-s.release
+	return nil, nil
+}
+
+func (s *slowStore) close() error {
+	if n := s.reading.Load(); n != 0 {
+		return fmt.Errorf("closed under %d calls", n)
+	}
+	return nil
+}
+
+func TestCloseWaitsForCallsUnderWay(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &slowStore{entered: make(chan struct{}), release: make(chan struct{})}
+		svc := newService(s, time.Now, New(Options{}).log)
+		payload := marshal(t, &pb.KvGetRequest{Key: []byte("k")})
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			if _, err := svc.Invoke(t.Context(), provider.Call{Bucket: "b", Operation: opGet, Payload: payload}); err != nil {
+				t.Error(err)
+			}
+		})
+		<-s.entered
+		wg.Go(func() {
+			if err := svc.Close(); err != nil {
+				t.Error(err)
+			}
+		})
+		synctest.Wait()
+		if _, err := svc.Invoke(t.Context(), provider.Call{Bucket: "b", Operation: opGet, Payload: payload}); !errors.Is(err, provider.ErrUnavailable) {
+			t.Errorf("a call after Close began: %v, want ErrUnavailable", err)
+		}
+		close(s.release)
+		wg.Wait()
+	})
 }

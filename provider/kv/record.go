@@ -93,3 +93,43 @@ func splitExpiry(b []byte) (expires int64, key []byte, ok bool) {
 	}
 	return int64(binary.BigEndian.Uint64(b)), b[8:], true //nolint:gosec // written from an int64
 }
+
+// totals are the number and the sum of the checksums of all records of a file.
+// They are kept up to date by every transaction, so that a record which is
+// missing, or an old one in its place, is noticed by a check of the whole file.
+type totals struct {
+	count, sum uint64
+}
+
+// crcOf returns the checksum that an encoded record says it has.
+func crcOf(encoded []byte) uint64 {
+	if len(encoded) < recordHeader {
+		return 0
+	}
+	return uint64(binary.BigEndian.Uint32(encoded[crcOffset:]))
+}
+
+func (t *totals) add(encoded []byte) {
+	t.count++
+	t.sum += crcOf(encoded)
+}
+
+func (t *totals) remove(encoded []byte) {
+	t.count--
+	t.sum -= crcOf(encoded)
+}
+
+// encode returns the totals with a CRC32C of their own.
+func (t *totals) encode() []byte {
+	b := make([]byte, 16, 20)
+	binary.BigEndian.PutUint64(b, t.count)
+	binary.BigEndian.PutUint64(b[8:], t.sum)
+	return binary.BigEndian.AppendUint32(b, crc32.Checksum(b, castagnoli()))
+}
+
+func decodeTotals(b []byte) (totals, bool) {
+	if len(b) != 20 || binary.BigEndian.Uint32(b[16:]) != crc32.Checksum(b[:16], castagnoli()) {
+		return totals{}, false
+	}
+	return totals{count: binary.BigEndian.Uint64(b), sum: binary.BigEndian.Uint64(b[8:])}, true
+}

@@ -23,7 +23,10 @@ import (
 	"github.com/wasmatrix/wasmatrix/test/harness"
 )
 
-func main() {
+func main() { os.Exit(start()) }
+
+// start returns the exit code.
+func start() int {
 	b := &bench{}
 	flag.StringVar(&b.binary, "binary", "build/wasmatrix", "the wasmatrix binary")
 	flag.StringVar(&b.guests, "guests", "build/guests", "directory of the built guests")
@@ -34,8 +37,9 @@ func main() {
 	defer stop()
 	if err := b.run(ctx); err != nil {
 		fmt.Fprintln(os.Stderr, "bench failed:", err)
-		os.Exit(1)
+		return 1
 	}
+	return 0
 }
 
 type bench struct {

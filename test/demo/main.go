@@ -24,7 +24,10 @@ import (
 // longest bounds the whole demo after the build.
 const longest = 60 * time.Second
 
-func main() {
+func main() { os.Exit(start()) }
+
+// start returns the exit code.
+func start() int {
 	binary := flag.String("binary", "build/wasmatrix", "the wasmatrix binary")
 	guests := flag.String("guests", "build/guests", "directory of the built guests")
 	flag.Parse()
@@ -32,8 +35,9 @@ func main() {
 	defer stop()
 	if err := run(ctx, *binary, *guests); err != nil {
 		fmt.Fprintln(os.Stderr, "demo failed:", err)
-		os.Exit(1)
+		return 1
 	}
+	return 0
 }
 
 type demo struct {

@@ -144,7 +144,11 @@ func (g *generic) message(name protoreflect.FullName) *dynamicpb.Message {
 	if err != nil {
 		g.t.Fatal(err)
 	}
-	return dynamicpb.NewMessage(d.(protoreflect.MessageDescriptor))
+	md, ok := d.(protoreflect.MessageDescriptor)
+	if !ok {
+		g.t.Fatalf("%s is no message", name)
+	}
+	return dynamicpb.NewMessage(md)
 }
 
 func (g *generic) method(name string) protoreflect.MethodDescriptor {
@@ -153,7 +157,11 @@ func (g *generic) method(name string) protoreflect.MethodDescriptor {
 	if err != nil {
 		g.t.Fatal(err)
 	}
-	return d.(protoreflect.ServiceDescriptor).Methods().ByName(protoreflect.Name(name))
+	sd, ok := d.(protoreflect.ServiceDescriptor)
+	if !ok {
+		g.t.Fatalf("%s is no service", d.FullName())
+	}
+	return sd.Methods().ByName(protoreflect.Name(name))
 }
 
 func (g *generic) call(ctx context.Context, name, request string) (*dynamicpb.Message, error) {

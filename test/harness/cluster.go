@@ -61,7 +61,7 @@ func New(t testing.TB, o dev.Options) *Cluster {
 func Start(t testing.TB, o dev.Options) *Cluster {
 	t.Helper()
 	c := New(t, o)
-	if err := c.Cluster.Start(); err != nil {
+	if err := c.Start(); err != nil {
 		t.Fatal(err)
 	}
 	c.Ready()

@@ -45,7 +45,7 @@ type Config struct {
 	// Cluster is the cluster's name; it must equal the one in the certificates.
 	Cluster string `yaml:"cluster"`
 	// Node says what this node is.
-	Node NodeConfig `yaml:"node"`
+	Node Self `yaml:"node"`
 	// DataDir is where the node keeps everything.
 	DataDir string `yaml:"data_dir"`
 	// Bind says where the node listens.
@@ -66,8 +66,8 @@ type Config struct {
 	Telemetry TelemetryConfig `yaml:"telemetry"`
 }
 
-// NodeConfig says what a node is.
-type NodeConfig struct {
+// Self says what a node is.
+type Self struct {
 	// Name is the node's id; it must equal the one in its certificate.
 	Name string `yaml:"name"`
 	// Role is "server", "worker" or "both".
@@ -164,7 +164,7 @@ func Default() Config {
 	day := 24 * time.Hour
 	return Config{
 		Cluster:   "wasmatrix",
-		Node:      NodeConfig{Role: RoleBoth},
+		Node:      Self{Role: RoleBoth},
 		Bind:      BindConfig{Address: "127.0.0.1", PortBase: 7400},
 		Raft:      RaftConfig{HeartbeatTimeout: 250 * time.Millisecond, SnapshotThreshold: 8192, DeadPeerAfter: &day},
 		Limits:    LimitsConfig{Instances: 1000, Memory: "4GiB"},

@@ -51,13 +51,13 @@ type peerProcess struct {
 }
 
 func newPeerProcess(cfg Config, log *slog.Logger) (*peerProcess, error) {
-	p := &peerProcess{cfg: cfg, log: log.With("node", cfg.Node.Name), registry: newRegistry()}
+	p := &peerProcess{cfg: cfg, log: log.With("peer", cfg.Node.Name), registry: newRegistry()}
 	var err error
 	if p.id, err = loadIdentity(cfg); err != nil {
 		return nil, err
 	}
 	p.pool = p.id.NewPool(anyNode, rpc.DialOptions()...)
-	if err := p.newPeer(); err != nil {
+	if err := p.newPeer(log); err != nil {
 		return nil, err
 	}
 	if err := p.newServices(); err != nil {
@@ -67,7 +67,8 @@ func newPeerProcess(cfg Config, log *slog.Logger) (*peerProcess, error) {
 	return p, nil
 }
 
-func (p *peerProcess) newPeer() (err error) {
+// newPeer makes the peer; the cluster package names it in its log itself.
+func (p *peerProcess) newPeer(log *slog.Logger) (err error) {
 	key, err := base64.StdEncoding.DecodeString(p.cfg.Join.GossipKey)
 	if err != nil {
 		return fmt.Errorf("join.gossip_key: want base64: %w", err)
@@ -81,12 +82,12 @@ func (p *peerProcess) newPeer() (err error) {
 		DataDir:  filepath.Join(p.cfg.DataDir, "raft"),
 		RaftBind: p.cfg.bound(portRaft), RaftAdvertise: p.cfg.advertised(portRaft), APIAdvertise: p.cfg.APIAddress(),
 		Gossip: gossip.Config{
-			Bind: p.cfg.bound(portGossip), Advertise: p.cfg.GossipAddress(), Join: p.cfg.Join.Peers, Key: key, Logger: p.log,
+			Bind: p.cfg.bound(portGossip), Advertise: p.cfg.GossipAddress(), Join: p.cfg.Join.Peers, Key: key, Logger: log,
 		},
 		BootstrapExpect: p.cfg.Join.BootstrapExpect,
 		Timers:          cluster.Timers{Heartbeat: p.cfg.Raft.HeartbeatTimeout, DeadPeerAfter: deadPeerAfter},
 		Snapshots:       cluster.Snapshots{Threshold: p.cfg.Raft.SnapshotThreshold},
-		Identity:        p.id, Logger: p.log, Registerer: p.registry,
+		Identity:        p.id, Logger: log, Registerer: p.registry,
 	})
 	return err
 }
