@@ -26,7 +26,7 @@ const fileName = "kv.db"
 const lockTimeout = 2 * time.Second
 
 // verifyUpTo is the largest file in bytes that is read in full at start unless
-// told otherwise; that takes about a quarter of a second.
+// told otherwise; that takes well under a second.
 const verifyUpTo = 256 << 20
 
 // boltOptions are the settings of the bbolt driver.

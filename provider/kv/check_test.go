@@ -245,3 +245,47 @@ func TestCheckOfRandomAndTruncatedFiles(t *testing.T) {
 		}
 	}
 }
+
+// A page that is in use and free at once is overwritten some day; a child that
+// holds keys of its neighbour hides them from every lookup. Neither changes any
+// record.
+func TestCheckNoticesDamageThatChangesNoRecord(t *testing.T) {
+	good := churned(t, 1500, false)
+	reader := &checker{file: bytes.NewReader(good), size: int64(len(good)), seen: map[uint64]string{}, found: map[string]bucketFound{}}
+	meta, err := reader.meta()
+	if err != nil {
+		t.Fatal(err)
+	}
+	pages := treePages(t, good)
+	t.Run("a page in use is free", func(t *testing.T) {
+		bad := bytes.Clone(good)
+		at := int64(meta.freelist) * int64(meta.pageSize)
+		if native.Uint16(bad[at+10:]) == 0 {
+			t.Fatal("no page is free; the file is too simple for the test")
+		}
+		native.PutUint64(bad[at+pageHeader:], uint64(pages[0])/meta.pageSize)
+		if err := check(bad); err == nil {
+			t.Error("not noticed")
+		}
+	})
+	t.Run("a key is in its neighbour's page", func(t *testing.T) {
+		bad := bytes.Clone(good)
+		for _, at := range pages {
+			if native.Uint16(bad[at+8:]) != flagBranch || native.Uint16(bad[at+10:]) < 2 {
+				continue
+			}
+			// The second child's key becomes lower than the first child's keys.
+			second := at + pageHeader + pageElement
+			start := second + int64(native.Uint32(bad[second:]))
+			end := start + int64(native.Uint32(bad[second+4:]))
+			first := at + pageHeader
+			copy(bad[start:end], bad[first+int64(native.Uint32(bad[first:])):][:native.Uint32(bad[first+4:])])
+			bad[end-1]++
+			if err := check(bad); err == nil {
+				t.Error("not noticed")
+			}
+			return
+		}
+		t.Fatal("no branch; the file is too simple for the test")
+	})
+}

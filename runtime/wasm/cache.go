@@ -11,6 +11,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	goruntime "runtime"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"sync"
@@ -39,10 +41,11 @@ type diskCache struct {
 }
 
 // openDiskCache makes the directory and clears away what was left half done. The
-// name of the directory holds all that the entries depend on besides the module
-// and the engine, which has its version in its own paths.
+// name of the directory stands for all that the entries depend on besides the
+// module: a lookup that succeeds must find code that the engine can load, because
+// it would compile by itself, without bounds, what it cannot.
 func openDiskCache(dir string, size int64, limits module.Limits) (*diskCache, error) {
-	variant := sha256.Sum256(fmt.Appendf(nil, "%+v", limits))
+	variant := sha256.Sum256(fmt.Appendf(nil, "%+v %s %s %s", limits, engineVersion(), goruntime.GOOS, goruntime.GOARCH))
 	c := &diskCache{root: filepath.Join(dir, "metered-"+module.Version+"-"+hex.EncodeToString(variant[:4])), bytes: size}
 	if err := os.MkdirAll(c.root, 0o700); err != nil {
 		return nil, fmt.Errorf("making the module cache: %w", err)
@@ -57,6 +60,20 @@ func openDiskCache(dir string, size int64, limits module.Limits) (*diskCache, er
 		}
 	}
 	return c, nil
+}
+
+// engineVersion returns the version of wazero that this program was built with.
+func engineVersion() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "unknown"
+	}
+	for _, dep := range info.Deps {
+		if dep.Path == "github.com/tetratelabs/wazero" {
+			return dep.Version
+		}
+	}
+	return "unknown"
 }
 
 // entry returns the directory of a module. Only the letters of a digest get into

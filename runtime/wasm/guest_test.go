@@ -37,8 +37,8 @@ func buildGuest(t testing.TB, reactor bool) []byte {
 // TestGoGuests runs real programs; what they compute is compared with the same
 // code on this machine.
 func TestGoGuests(t *testing.T) {
-	if testing.Short() {
-		t.Skip("builds guests with the Go toolchain")
+	if testing.Short() || raceEnabled {
+		t.Skip("builds guests with the Go toolchain and compiles megabytes, which takes minutes with the race detector")
 	}
 	r := open(t)
 	native := func(args ...string) string {
@@ -60,7 +60,7 @@ func TestGoGuests(t *testing.T) {
 		out, errs := &runtimetest.Output{}, &runtimetest.Output{}
 		spec.Stdout, spec.Stderr = out, errs
 		if mode == "spin" {
-			spec.Timeout = 50 * time.Millisecond
+			spec.Timeout = 500 * time.Millisecond
 		}
 		exit, err := runtimetest.Started(t, r, spec, runtimetest.NoHost(t)).Wait(t.Context())
 		if err != nil || exit.Reason != want {

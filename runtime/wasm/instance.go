@@ -57,13 +57,15 @@ type state struct {
 	idle  []*slot
 	// out counts the slots in use; calls holds what cuts off their calls of the
 	// host, began when the guest was entered.
-	out       int
-	calls     map[*slot]context.CancelCauseFunc
-	began     map[*slot]time.Time
-	usage     runtime.Usage
-	finished  bool
-	closed    bool
-	unitFreed bool
+	out   int
+	calls map[*slot]context.CancelCauseFunc
+	began map[*slot]time.Time
+	usage runtime.Usage
+	// abandoning calls abandon unless the instance finishes before.
+	abandoning *time.Timer
+	finished   bool
+	closed     bool
+	unitFreed  bool
 }
 
 func newInstance(r *Runtime, e *entry, spec runtime.Spec, host runtime.Host, limit uint64) *instance {

@@ -47,8 +47,8 @@ func TestSpinningGuestsHoldUpNobody(t *testing.T) {
 
 // TestHostileModulesBehindTheChild compiles hostile modules as an agent does.
 func TestHostileModulesBehindTheChild(t *testing.T) {
-	if testing.Short() {
-		t.Skip("starts a process for each module")
+	if testing.Short() || raceEnabled {
+		t.Skip("starts a process for each module; the same modules run in this process in the conformance suite")
 	}
 	r := open(t, inChild(t, time.Minute, 1<<30))
 	rt.RunHostile(t, func(*testing.T) runtime.Runtime { return r })

@@ -58,7 +58,11 @@ func (i *instance) end(exit runtime.Exit) {
 		i.finish()
 		return
 	}
-	time.AfterFunc(patience, i.abandon)
+	st.mu.Lock()
+	if !st.finished {
+		st.abandoning = time.AfterFunc(patience, i.abandon)
+	}
+	st.mu.Unlock()
 }
 
 // closeLocked lets no new call begin.
@@ -74,6 +78,9 @@ func (i *instance) finish() {
 	st.mu.Lock()
 	if !st.finished {
 		st.finished = true
+		if st.abandoning != nil {
+			st.abandoning.Stop()
+		}
 		close(i.done)
 	}
 	free := st.closed && st.out == 0 && !st.unitFreed

@@ -27,8 +27,10 @@ type loader struct {
 	disk     *diskCache // nil without a directory
 	compiler compiler
 	idleMax  int
-	metrics  *metrics
-	logger   *slog.Logger
+	// reading bounds how many modules are held in memory whole at once.
+	reading chan struct{}
+	metrics *metrics
+	logger  *slog.Logger
 
 	// life ends when the runtime closes; loading goes on without the one who asked.
 	life   context.Context //nolint:containedctx // see above
@@ -151,6 +153,9 @@ func (l *loader) closeUnits(units []*unit) {
 // fill loads an entry and wakes those who wait for it.
 func (l *loader) fill(e *entry, path string) {
 	u, err := l.load(e.digest, path)
+	if err != nil {
+		l.metrics.failures.WithLabelValues(refusal(err)).Inc()
+	}
 	l.mu.Lock()
 	e.unit, e.err = u, err
 	switch {
@@ -166,9 +171,6 @@ func (l *loader) fill(e *entry, path string) {
 	closing := l.evictLocked()
 	l.mu.Unlock()
 	l.closeUnits(closing)
-	if err != nil {
-		l.metrics.failures.WithLabelValues(refusal(err)).Inc()
-	}
 }
 
 func refusal(err error) string {
@@ -184,38 +186,52 @@ func refusal(err error) string {
 
 // load reads a module, checks it, and gets it compiled.
 func (l *loader) load(digest, path string) (*unit, error) {
-	binary, err := readModule(path, l.limits)
-	if err != nil {
-		return nil, err
-	}
-	m, err := module.Decode(binary, l.limits)
-	if err != nil {
-		return nil, fmt.Errorf("%w: %w", runtime.ErrModuleInvalid, err)
-	}
-	s, err := inspect(m, l.wasi)
-	if err != nil {
-		return nil, fmt.Errorf("%w: %w", runtime.ErrModuleInvalid, err)
-	}
-	if l.disk == nil {
-		return l.build(m, s)
-	}
-	if u, err := l.fromDisk(digest, s); err == nil || !errors.Is(err, fs.ErrNotExist) {
+	u, s, metered, err := l.prepare(digest, path)
+	if u != nil || err != nil {
 		return u, err
 	}
-	l.metrics.lookups.WithLabelValues(foundNowhere).Inc()
-	metered, err := m.Meter()
-	if err != nil {
-		return nil, fmt.Errorf("%w: %w", runtime.ErrModuleInvalid, err)
-	}
 	began := time.Now()
+	if l.disk == nil {
+		u, err = newUnit(l.life, metered, s, "")
+		l.metrics.compile.Observe(time.Since(began).Seconds())
+		return u, invalid(err)
+	}
 	if err := l.disk.build(l.life, digest, metered, l.compiler.compile); err != nil {
 		return nil, invalid(err)
 	}
 	took := time.Since(began)
 	l.metrics.compile.Observe(took.Seconds())
-	l.logger.Info("module compiled", "digest", digest, "bytes", len(binary), "duration", took)
-	u, err := l.open(digest, s)
+	l.logger.Info("module compiled", "digest", digest, "metered_bytes", len(metered), "duration", took)
+	u, err = l.open(digest, s)
 	return u, invalid(err)
+}
+
+// prepare returns the module when it is on disk already, else what has to be
+// compiled. It does not wait for compilations of others.
+func (l *loader) prepare(digest, path string) (u *unit, s shape, metered []byte, err error) {
+	l.reading <- struct{}{}
+	defer func() { <-l.reading }()
+	binary, err := readModule(path, l.limits)
+	if err != nil {
+		return nil, s, nil, err
+	}
+	m, err := module.Decode(binary, l.limits)
+	if err == nil {
+		s, err = inspect(m, l.wasi)
+	}
+	if err != nil {
+		return nil, s, nil, fmt.Errorf("%w: %w", runtime.ErrModuleInvalid, err)
+	}
+	if l.disk != nil {
+		if u, err = l.fromDisk(digest, s); err == nil || !errors.Is(err, fs.ErrNotExist) {
+			return u, s, nil, err
+		}
+	}
+	l.metrics.lookups.WithLabelValues(foundNowhere).Inc()
+	if metered, err = m.Meter(); err != nil {
+		return nil, s, nil, fmt.Errorf("%w: %w", runtime.ErrModuleInvalid, err)
+	}
+	return nil, s, metered, nil
 }
 
 // fromDisk loads a module from the cache on disk; fs.ErrNotExist means that it
@@ -241,19 +257,6 @@ func (l *loader) open(digest string, s shape) (*unit, error) {
 		return nil, err
 	}
 	return newUnit(l.life, metered, s, dir)
-}
-
-// build compiles in this process and keeps nothing on disk.
-func (l *loader) build(m *module.Module, s shape) (*unit, error) {
-	l.metrics.lookups.WithLabelValues(foundNowhere).Inc()
-	metered, err := m.Meter()
-	if err != nil {
-		return nil, fmt.Errorf("%w: %w", runtime.ErrModuleInvalid, err)
-	}
-	began := time.Now()
-	u, err := newUnit(l.life, metered, s, "")
-	l.metrics.compile.Observe(time.Since(began).Seconds())
-	return u, invalid(err)
 }
 
 // invalid marks what wazero rejects as an invalid module.

@@ -13,6 +13,9 @@ import (
 // pageBytes is the unit of linear memory.
 const pageBytes = 64 << 10
 
+// readers is how many modules are decoded at once.
+const readers = 4
+
 // maxMemoryBytes is the most that 32-bit addresses reach.
 const maxMemoryBytes = 4 << 30
 
@@ -50,6 +53,7 @@ func New(ctx context.Context, config Config) (*Runtime, error) {
 			command: config.CompileCommand, timeout: config.CompileTimeout, memory: config.CompileMemoryBytes,
 			slots: make(chan struct{}, config.CompileConcurrency),
 		},
+		reading: make(chan struct{}, readers),
 		entries: map[string]*entry{}, idle: list.New(),
 	}
 	if config.CacheDir != "" {

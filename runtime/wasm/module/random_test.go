@@ -16,8 +16,8 @@ import (
 // checkpoint is called all the time.
 func TestRandomProgramsDoTheSameWhenMetered(t *testing.T) {
 	programs := 200
-	if testing.Short() {
-		programs = 50
+	if testing.Short() || raceEnabled {
+		programs = 20
 	}
 	plainEngine, meteredEngine := newEngine(t, 0), newEngine(t, 3)
 	for seed := range programs {

@@ -26,6 +26,9 @@ func TestSpecificationHoldsWhenMetered(t *testing.T) {
 	if err != nil || len(scripts) < 100 {
 		t.Fatalf("found %d scripts, %v", len(scripts), err)
 	}
+	if raceEnabled {
+		t.Skip("takes minutes with the race detector, and has one goroutine")
+	}
 	var total tally
 	for _, script := range scripts {
 		t.Run(strings.TrimSuffix(filepath.Base(script), ".json"), func(t *testing.T) {

@@ -1,0 +1,6 @@
+//go:build !race
+
+package module_test
+
+// raceEnabled tells that the race detector makes everything ten times as slow.
+const raceEnabled = false
