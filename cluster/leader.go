@@ -97,7 +97,7 @@ func (p *Peer) rule(ctx context.Context, r *raft.Raft) error {
 // others have elected one. It reports whether leadership was lost and, if so,
 // whether it was won again.
 func (p *Peer) resign(ctx context.Context, n *node) (again, lost bool) {
-	if err := p.flights.await(ctx, n.raft.LeadershipTransfer()); err != nil {
+	if err := p.handOver(ctx, n.raft); err != nil {
 		p.log.Warn("leadership was not handed over, falling silent", "error", err)
 		n.guard.seal()
 		defer n.guard.unseal()
@@ -111,6 +111,32 @@ func (p *Peer) resign(ctx context.Context, n *node) (again, lost bool) {
 		return leads, true
 	case <-limit.C:
 		return false, false
+	}
+}
+
+// handOver gives leadership to another voter, the most up-to-date one unless it
+// might be one that is dead.
+func (p *Peer) handOver(ctx context.Context, r *raft.Raft) error {
+	var live []raft.Server
+	all := true
+	for _, s := range p.servers() {
+		id := string(s.ID)
+		if id == p.cfg.ID || s.Suffrage != raft.Voter {
+			continue
+		}
+		if p.isAlive(id) && !p.role.contacts.isLost(id) {
+			live = append(live, s)
+		} else {
+			all = false
+		}
+	}
+	switch {
+	case len(live) == 0:
+		return errors.New("no other voter is alive")
+	case all:
+		return p.flights.await(ctx, r.LeadershipTransfer())
+	default:
+		return p.flights.await(ctx, r.LeadershipTransferToServer(live[0].ID, raft.ServerAddress(p.recordedAddress(string(live[0].ID)))))
 	}
 }
 

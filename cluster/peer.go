@@ -139,7 +139,6 @@ func (p *Peer) Run(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, n.storage.close()) }()
 
 	// The transport and the gossip outlive the rest: a planned stop needs both.
 	below, stopBelow := context.WithCancel(context.WithoutCancel(ctx))
@@ -148,7 +147,7 @@ func (p *Peer) Run(ctx context.Context) (err error) {
 	base.Go(func() error { n.guard.run(bctx); return nil })
 	base.Go(func() error { return p.runGossip(bctx) })
 	err = p.serve(ctx, bctx, n)
-	p.stop(n)
+	err = errors.Join(err, p.stop(below, n))
 	stopBelow()
 	return errors.Join(err, base.Wait())
 }
@@ -272,39 +271,35 @@ func (p *Peer) serve(ctx, base context.Context, n *node) error {
 	return group.Wait()
 }
 
-// stop hands leadership over and ends Raft. Calls in flight are let finish
-// first, because hashicorp/raft forgets to answer some of them once it is shut
-// down. No step waits for a disk that hangs.
-func (p *Peer) stop(n *node) {
+// errHanging is returned by Run when Raft could not be ended.
+var errHanging = errors.New("raft does not end, its disk may hang; the files stay open until the process ends")
+
+// stop hands leadership over, ends Raft and closes the files. Calls in flight
+// are let finish first, because hashicorp/raft forgets to answer some of them
+// once it is shut down. No step waits for a disk that hangs.
+func (p *Peer) stop(ctx context.Context, n *node) error {
 	p.role.closing.Store(true)
 	p.changed.notify()
+	defer func() {
+		p.role.leads.Store(false)
+		p.changed.notify()
+	}()
 	if n.raft.State() == raft.Leader {
-		if err := p.within(func() error { return n.raft.LeadershipTransfer().Error() }); err != nil {
+		limit, cancel := context.WithTimeout(ctx, p.cfg.Timers.Shutdown)
+		if err := p.handOver(limit, n.raft); err != nil {
 			p.log.Info("leadership was not handed over", "error", err)
 		}
+		cancel()
 	}
 	if !p.flights.drain(p.cfg.Timers.Shutdown) {
 		p.log.Warn("stopped with calls in flight")
 	}
-	if err := p.within(func() error { return n.raft.Shutdown().Error() }); err != nil {
-		p.log.Warn("shut raft down", "error", err)
+	limit, cancel := context.WithTimeout(ctx, p.cfg.Timers.Shutdown)
+	defer cancel()
+	if err := p.flights.await(limit, n.raft.Shutdown()); err != nil {
+		return errors.Join(errHanging, n.guard.Close())
 	}
-	p.role.leads.Store(false)
-	p.changed.notify()
-}
-
-// within runs f, and gives up on it after the time limit of a shutdown.
-func (p *Peer) within(f func() error) error {
-	done := make(chan error, 1)
-	go func() { done <- f() }()
-	limit := time.NewTimer(p.cfg.Timers.Shutdown)
-	defer limit.Stop()
-	select {
-	case err := <-done:
-		return err
-	case <-limit.C:
-		return fmt.Errorf("no answer from raft within %s", p.cfg.Timers.Shutdown)
-	}
+	return n.storage.close()
 }
 
 // runGossip takes part in the gossip and wakes whoever waits for its news.

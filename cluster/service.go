@@ -168,28 +168,37 @@ func (s *service) TransferLeadership(ctx context.Context, req *pb.TransferLeader
 	if req.GetPeerId() == p.cfg.ID {
 		return &pb.TransferLeadershipResponse{LeaderId: p.cfg.ID, PreviousLeaderId: p.cfg.ID}, nil
 	}
-	transfer := r.LeadershipTransfer
-	if id := req.GetPeerId(); id != "" {
-		if suffrage, ok := p.suffrage(id); !ok {
-			return nil, p.notAPeer(id)
-		} else if suffrage != raft.Voter {
-			return nil, apierror.New(pb.ErrorCode_ERROR_CODE_CONFLICT, "%s is not a voter", id).Next("wasmatrix cluster peers")
-		}
-		transfer = func() raft.Future {
-			return r.LeadershipTransferToServer(raft.ServerID(id), raft.ServerAddress(p.recordedAddress(id)))
-		}
-	}
-	if err := p.flights.await(ctx, transfer()); err != nil {
-		if ctx.Err() != nil {
-			return nil, contextError(ctx)
-		}
-		return nil, p.changeError("hand leadership over", err)
+	if err := p.handOverTo(ctx, r, req.GetPeerId()); err != nil {
+		return nil, err
 	}
 	leader, err := p.waitLeader(ctx, p.cfg.ID)
 	if err != nil {
 		return nil, err
 	}
 	return &pb.TransferLeadershipResponse{LeaderId: leader, PreviousLeaderId: p.cfg.ID}, nil
+}
+
+// handOverTo gives leadership to a voter, or to any one for "".
+func (p *Peer) handOverTo(ctx context.Context, r *raft.Raft, id string) (err error) {
+	suffrage, ok := p.suffrage(id)
+	switch {
+	case id == "":
+		err = p.handOver(ctx, r)
+	case !ok:
+		return p.notAPeer(id)
+	case suffrage != raft.Voter:
+		return apierror.New(pb.ErrorCode_ERROR_CODE_CONFLICT, "%s is not a voter", id).Next("wasmatrix cluster peers")
+	default:
+		err = p.flights.await(ctx, r.LeadershipTransferToServer(raft.ServerID(id), raft.ServerAddress(p.recordedAddress(id))))
+	}
+	switch {
+	case err == nil:
+		return nil
+	case ctx.Err() != nil:
+		return contextError(ctx)
+	default:
+		return p.changeError("hand leadership over", err)
+	}
 }
 
 // waitLeader waits for a leader other than before; if none is known in time the

@@ -54,7 +54,7 @@ func churned(t testing.TB, records int, expiring bool) []byte {
 func check(b []byte) error { return checkFile(bytes.NewReader(b), int64(len(b))) }
 
 func TestCheckAcceptsWhatWasWritten(t *testing.T) {
-	for _, records := range []int{0, 1, 50, 3000} {
+	for _, records := range []int{0, 1, 50, 1200} {
 		for _, expiring := range []bool{false, true} {
 			if err := check(churned(t, records, expiring)); err != nil {
 				t.Errorf("%d records, expiring %v: %v", records, expiring, err)
@@ -89,7 +89,7 @@ func treePages(t *testing.T, b []byte) []int64 {
 // number of elements), in the place of a record and in the number of a child is
 // noticed. A branch's own keys may become lower without harm.
 func TestCheckNoticesEveryFlippedBitOfTheStructure(t *testing.T) {
-	good := churned(t, 1500, false)
+	good := churned(t, 800, false)
 	pages := treePages(t, good)
 	branches, leaves := 0, 0
 	for _, at := range pages {
@@ -250,7 +250,7 @@ func TestCheckOfRandomAndTruncatedFiles(t *testing.T) {
 // holds keys of its neighbour hides them from every lookup. Neither changes any
 // record.
 func TestCheckNoticesDamageThatChangesNoRecord(t *testing.T) {
-	good := churned(t, 1500, false)
+	good := churned(t, 800, false)
 	reader := &checker{file: bytes.NewReader(good), size: int64(len(good)), seen: map[uint64]string{}, found: map[string]bucketFound{}}
 	meta, err := reader.meta()
 	if err != nil {

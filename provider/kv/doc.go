@@ -11,7 +11,7 @@
 //	bbolt   fsync=true|false      false acknowledges before the sync: much faster,
 //	                              but a power failure can lose or damage the file
 //	bbolt   verify=auto|always|never
-//	                              read every record at start; auto does for files
+//	                              check the whole file at start; auto does for files
 //	                              of up to 256 MiB
 //	both    max_bytes=N           the most data, for example 512MiB; more gives
 //	                              RESOURCE_EXHAUSTED. bbolt counts the file and

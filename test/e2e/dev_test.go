@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -51,7 +52,7 @@ func TestDevCommand(t *testing.T) {
 				}
 			}
 			second := exec.Command(binary, args...)
-			second.Env = append(env, "TMPDIR="+t.TempDir())
+			second.Env = append(slices.Clone(env), "TMPDIR="+t.TempDir())
 			said, err := second.CombinedOutput()
 			if err == nil || !strings.Contains(string(said), "is taken") {
 				t.Errorf("a second cluster on the same ports: %v\n%s", err, said)

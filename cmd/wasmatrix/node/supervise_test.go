@@ -18,12 +18,10 @@ const agentVariable = "WASMATRIX_TEST_AGENT"
 
 func TestMain(m *testing.M) {
 	if dir := os.Getenv(agentVariable); dir != "" {
-		lock, err := lockAgent(dir)
-		if err != nil {
+		if _, err := lockAgent(dir); err != nil {
 			os.Exit(1)
 		}
-		defer lock.Close()
-		select {} // SIGTERM ends it
+		select {} // SIGTERM ends it, and with it the lock
 	}
 	os.Exit(m.Run())
 }
