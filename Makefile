@@ -10,8 +10,8 @@ TOOLS := build/tools
 BUF := $(TOOLS)/buf
 GOLANGCI := $(TOOLS)/golangci-lint
 VALIDATE_PROTO := build/proto-deps/buf/validate/validate.proto
-# The version of the API that wire compatibility is checked against.
-BREAKING_AGAINST ?= .git#branch=main
+# The version of the API that wire compatibility is checked against: the last release, else the commit before.
+BREAKING_AGAINST ?= $(shell git describe --tags --abbrev=0 2>/dev/null || git rev-parse -q --verify HEAD~1)
 export CGO_ENABLED ?= 0
 
 .PHONY: help
@@ -74,7 +74,10 @@ proto: $(BUF) $(VALIDATE_PROTO) ## generate Go code and docs/api.md from the .pr
 .PHONY: proto-check
 proto-check: proto ## fail when generated code is stale or the API breaks compatibility
 	@git diff --exit-code --stat -- proto docs/api.md || { echo "generated files are stale: run 'make proto' and commit"; exit 1; }
-	@if git rev-parse -q --verify HEAD~1 >/dev/null; then $(BUF) breaking proto --against '.git#ref=HEAD~1,subdir=proto' ; fi
+	@if [ -n "$(BREAKING_AGAINST)" ]; then \
+	  rm -rf build/breaking && mkdir -p build/breaking/build && \
+	  git archive $(BREAKING_AGAINST) buf.yaml proto | tar -x -C build/breaking && cp -r build/proto-deps build/breaking/build/ && \
+	  $(BUF) build build/breaking -o build/breaking.binpb && $(BUF) breaking --against build/breaking.binpb; fi
 
 .PHONY: bench
 bench: build guests ## the figures of docs/benchmarks.md
