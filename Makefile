@@ -77,7 +77,8 @@ proto-check: proto ## fail when generated code is stale or the API breaks compat
 	@if [ -n "$(BREAKING_AGAINST)" ]; then \
 	  rm -rf build/breaking && mkdir -p build/breaking/build && \
 	  git archive $(BREAKING_AGAINST) buf.yaml proto | tar -x -C build/breaking && cp -r build/proto-deps build/breaking/build/ && \
-	  $(BUF) build build/breaking -o build/breaking.binpb && $(BUF) breaking --against build/breaking.binpb; fi
+	  $(BUF) build build/breaking -o build/breaking.binpb && $(BUF) build -o build/current.binpb && \
+	  $(BUF) breaking build/current.binpb --against build/breaking.binpb --config '{"version":"v2","breaking":{"use":["WIRE_JSON"]}}'; fi
 
 .PHONY: bench
 bench: build guests ## the figures of docs/benchmarks.md
