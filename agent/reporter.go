@@ -14,6 +14,10 @@ const (
 	maxReports = 4000
 	// reportTimeout bounds one ReportStatus; it answers when it is committed.
 	reportTimeout = 10 * time.Second
+	// passingPatience is how long a state on the way to RUNNING is kept back: an
+	// instance whose module is cached runs sooner, and its report must not wait
+	// for the commit of one that is out of date by then.
+	passingPatience = 100 * time.Millisecond
 )
 
 // reporter collects what was observed until it is committed in the registry. An
@@ -44,7 +48,16 @@ func (r *reporter) instance(id string, st *pb.InstanceStatus) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.instances[id] = st
+	if passing(st) {
+		time.AfterFunc(passingPatience, r.poke)
+		return
+	}
 	r.poke()
+}
+
+// passing reports whether st is a state on the way to RUNNING and nothing went wrong.
+func passing(st *pb.InstanceStatus) bool {
+	return st.GetState() < pb.InstanceState_INSTANCE_STATE_RUNNING && st.GetReason() == pb.ExitReason_EXIT_REASON_UNSPECIFIED
 }
 
 // provider takes an observation of a provider.

@@ -363,7 +363,7 @@ func (p *Peer) recordedAddress(id string) string {
 	if peer, ok := p.state.View().Peer(id); ok && peer.GetRaftAddress() != "" {
 		return peer.GetRaftAddress()
 	}
-	return string(servers[at].Address)
+	return unnamed(servers[at].Address)
 }
 
 // apiAddress returns where a peer's API is: what is committed, else what gossip says, else "".

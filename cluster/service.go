@@ -60,11 +60,9 @@ func (s *service) Join(ctx context.Context, req *pb.JoinRequest) (*pb.JoinRespon
 			return nil, err
 		}
 	}
-	if err := p.vacate(ctx, req.GetRaftAddress()); err != nil {
-		return nil, err
-	}
+	address := p.configAddress(id, req.GetRaftAddress())
 	index, err := p.reconfigure(ctx, func(r *raft.Raft) raft.IndexFuture {
-		return r.AddNonvoter(id, raft.ServerAddress(req.GetRaftAddress()), 0, configLimit)
+		return r.AddNonvoter(id, address, 0, configLimit)
 	})
 	if err != nil {
 		return nil, err
@@ -77,25 +75,17 @@ func (s *service) Join(ctx context.Context, req *pb.JoinRequest) (*pb.JoinRespon
 	return &pb.JoinResponse{Index: index}, nil
 }
 
-// vacate corrects the Raft configuration when it still has another peer at an
-// address that this peer left: Raft takes each address only once.
-func (p *Peer) vacate(ctx context.Context, address string) error {
+// configAddress is the address with which a new server gets into the Raft
+// configuration. Raft takes each address only once, and another server may still
+// stand there with one that it has left; the name then makes it unique. Changing
+// the other's entry would race with hashicorp/raft's replication.
+func (p *Peer) configAddress(id raft.ServerID, address string) raft.ServerAddress {
 	for _, s := range p.servers() {
-		moved := p.recordedAddress(string(s.ID))
-		if string(s.Address) != address || moved == address {
-			continue
-		}
-		_, err := p.reconfigure(ctx, func(r *raft.Raft) raft.IndexFuture {
-			if s.Suffrage == raft.Voter {
-				return r.AddVoter(s.ID, raft.ServerAddress(moved), 0, configLimit)
-			}
-			return r.AddNonvoter(s.ID, raft.ServerAddress(moved), 0, configLimit)
-		})
-		if err != nil {
-			return err
+		if s.ID != id && string(s.Address) == address {
+			return named(id, address)
 		}
 	}
-	return nil
+	return raft.ServerAddress(address)
 }
 
 func (p *Peer) removeServer(ctx context.Context, id raft.ServerID) error {

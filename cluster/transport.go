@@ -152,6 +152,14 @@ func named(id raft.ServerID, address string) raft.ServerAddress {
 	return raft.ServerAddress(string(id) + "@" + address)
 }
 
+// unnamed returns the host:port of an address with or without an id.
+func unnamed(address raft.ServerAddress) string {
+	if _, at, ok := strings.Cut(string(address), "@"); ok {
+		return at
+	}
+	return string(address)
+}
+
 // addresses finds where a peer's Raft transport is.
 type addresses struct {
 	self raft.ServerAddress

@@ -9,17 +9,17 @@ import (
 
 // AssignCapability implements pb.ControlPlaneServiceServer.
 func (h *handlers) AssignCapability(ctx context.Context, req *pb.AssignCapabilityRequest) (*pb.AssignCapabilityResponse, error) {
-	view, err := h.latest(ctx)
-	if err != nil {
-		return nil, err
-	}
 	grant := req.GetGrant()
 	if len(grant.GetPermissions()) == 0 {
 		return nil, invalid("no permission was named").
 			With("provider", grant.GetProvider()).
 			Next("name at least one, such as kv:read")
 	}
-	if _, err := checkGrant(view, grant); err != nil {
+	err := h.judge(ctx, func(view fsm.View) error {
+		_, err := checkGrant(view, grant)
+		return err
+	})
+	if err != nil {
 		return nil, err
 	}
 	ids, err := h.resolveIDs(ctx, req.GetTarget(), req.GetRequestId())

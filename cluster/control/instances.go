@@ -10,15 +10,14 @@ import (
 
 // StartInstance implements pb.ControlPlaneServiceServer.
 func (h *handlers) StartInstance(ctx context.Context, req *pb.StartInstanceRequest) (*pb.StartInstanceResponse, error) {
-	view, err := h.latest(ctx)
-	if err != nil {
-		return nil, err
-	}
 	spec := req.GetSpec()
-	if err := checkSpec(view, spec); err != nil {
-		return nil, err
-	}
-	ids, err := h.mint(view, spec.GetName(), max(1, int(spec.GetReplicas())))
+	var ids []string
+	err := h.judge(ctx, func(view fsm.View) (err error) {
+		if err = checkSpec(view, spec); err == nil {
+			ids, err = h.mint(view, spec.GetName(), max(1, int(spec.GetReplicas())))
+		}
+		return err
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -81,22 +80,22 @@ func (h *handlers) RemoveInstance(ctx context.Context, req *pb.RemoveInstanceReq
 // it may be the repetition of one that removed the target, and the state knows
 // the answer to that.
 func (h *handlers) resolveIDs(ctx context.Context, target, requestID string) ([]string, error) {
-	view, err := h.latest(ctx)
-	if err != nil {
-		return nil, err
-	}
-	instances, refusal := view.Resolve(target)
-	switch {
-	case refusal.GetCode() == pb.ErrorCode_ERROR_CODE_INSTANCE_NOT_FOUND && requestID != "":
+	var ids []string
+	err := h.judge(ctx, func(view fsm.View) error {
+		instances, refusal := view.Resolve(target)
+		if refusal != nil {
+			return apierror.FromProto(refusal)
+		}
+		ids = make([]string, len(instances))
+		for i, inst := range instances {
+			ids[i] = inst.GetId()
+		}
+		return nil
+	})
+	if requestID != "" && apierror.CodeOf(err) == pb.ErrorCode_ERROR_CODE_INSTANCE_NOT_FOUND {
 		return []string{target}, nil
-	case refusal != nil:
-		return nil, apierror.FromProto(refusal)
 	}
-	ids := make([]string, len(instances))
-	for i, inst := range instances {
-		ids[i] = inst.GetId()
-	}
-	return ids, nil
+	return ids, err
 }
 
 // instancesOf returns the records of ids, without those that are gone by now.

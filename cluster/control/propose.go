@@ -35,6 +35,25 @@ type write interface {
 // latest returns a state that holds everything that was acknowledged before now.
 func (h *handlers) latest(ctx context.Context) (fsm.View, error) { return h.Viewer.View(ctx, nil) }
 
+// judge lets check look at what this peer has applied, and, when that makes it
+// refuse, at the latest state. A leader has applied everything that it
+// acknowledged, so the first look is almost always enough and saves the request a
+// round of Raft; a deposed leader must not refuse for what it has missed, and
+// what it accepts fails when it is proposed.
+func (h *handlers) judge(ctx context.Context, check func(fsm.View) error) error {
+	view, err := h.local(ctx)
+	if err != nil {
+		return err
+	}
+	if check(view) == nil {
+		return nil
+	}
+	if view, err = h.latest(ctx); err != nil {
+		return err
+	}
+	return check(view)
+}
+
 // local returns what this peer has, without asking anyone.
 func (h *handlers) local(ctx context.Context) (fsm.View, error) {
 	return h.Viewer.View(ctx, &pb.ReadOptions{Stale: true})
