@@ -2,6 +2,8 @@ package control
 
 import (
 	"context"
+	"slices"
+	"strings"
 
 	"github.com/wasmatrix/wasmatrix/apierror"
 	"github.com/wasmatrix/wasmatrix/fsm"
@@ -10,7 +12,7 @@ import (
 
 // RegisterProvider implements pb.ControlPlaneServiceServer.
 func (h *handlers) RegisterProvider(ctx context.Context, req *pb.RegisterProviderRequest) (*pb.RegisterProviderResponse, error) {
-	if err := checkPlacement(req.GetSpec().GetPlacement()); err != nil {
+	if err := checkProvider(req.GetSpec()); err != nil {
 		return nil, err
 	}
 	p, index, err := h.changeProvider(ctx, req, req.GetSpec().GetId(), &pb.Command{Payload: &pb.Command_RegisterProvider{
@@ -21,6 +23,26 @@ func (h *handlers) RegisterProvider(ctx context.Context, req *pb.RegisterProvide
 	}
 	return &pb.RegisterProviderResponse{Provider: p, Index: index}, nil
 }
+
+// checkProvider refuses providers that no node of this version can serve.
+func checkProvider(spec *pb.ProviderSpec) error {
+	if kind := spec.GetType(); kind != providerKV {
+		return invalid("no node can serve a provider of type %q", kind).
+			With("type", kind).
+			Next("register one of type kv: this version serves kv; http, messaging and external providers are not built yet")
+	}
+	if driver := spec.GetDriver(); driver != "" && !slices.Contains(kvDrivers(), driver) {
+		return invalid("kv has no driver %q", driver).
+			With("driver", driver).
+			Next("choose one of the drivers %s", strings.Join(kvDrivers(), ", "))
+	}
+	return checkPlacement(spec.GetPlacement())
+}
+
+// providerKV is the one type of provider that nodes of this version serve.
+const providerKV = "kv"
+
+func kvDrivers() []string { return []string{"bbolt", "memory"} }
 
 // StartProvider implements pb.ControlPlaneServiceServer.
 func (h *handlers) StartProvider(ctx context.Context, req *pb.StartProviderRequest) (*pb.StartProviderResponse, error) {
@@ -42,7 +64,7 @@ func (h *handlers) StopProvider(ctx context.Context, req *pb.StopProviderRequest
 
 // UpdateProvider implements pb.ControlPlaneServiceServer.
 func (h *handlers) UpdateProvider(ctx context.Context, req *pb.UpdateProviderRequest) (*pb.UpdateProviderResponse, error) {
-	if err := checkPlacement(req.GetSpec().GetPlacement()); err != nil {
+	if err := checkProvider(req.GetSpec()); err != nil {
 		return nil, err
 	}
 	p, index, err := h.changeProvider(ctx, req, req.GetSpec().GetId(), &pb.Command{Payload: &pb.Command_UpdateProvider{

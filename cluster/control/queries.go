@@ -197,8 +197,8 @@ func resolveOne(view fsm.View, target string) (*pb.Instance, error) {
 		ids = append(ids, "…")
 	}
 	return nil, invalid("%q names %d instances, and one is asked for", target, len(found)).
-		With("instances", strings.Join(ids, ", ")).
-		Next("give the id of one of them; wasmatrix instance list shows all")
+		With("matches", strings.Join(ids, ", ")).
+		Next("give the id of one of them: %s; wasmatrix instance list shows all", strings.Join(ids, ", "))
 }
 
 // maxNamed bounds how many records an error names.

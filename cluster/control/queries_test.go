@@ -59,7 +59,7 @@ func TestQueryInstanceWantsOneInstance(t *testing.T) {
 	_, err := p.client.QueryInstance(asAlice(t.Context()), &pb.QueryInstanceRequest{Target: "web"})
 	wantCode(t, err, pb.ErrorCode_ERROR_CODE_INVALID_REQUEST)
 	for _, id := range web {
-		if !strings.Contains(apierror.From(err).Detail("instances"), id) {
+		if !strings.Contains(apierror.From(err).Detail("matches"), id) {
 			t.Errorf("the error does not name %s: %v", id, err)
 		}
 	}

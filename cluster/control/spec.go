@@ -1,7 +1,6 @@
 package control
 
 import (
-	"slices"
 	"strings"
 	"time"
 
@@ -28,9 +27,6 @@ const (
 
 	defaultBackoff    = time.Second
 	defaultMaxBackoff = 30 * time.Second
-
-	handlerHTTP    = "wasmatrix_on_http"
-	handlerMessage = "wasmatrix_on_message"
 )
 
 // checkSpec checks the meaning of a workload's spec; its form has been checked.
@@ -51,6 +47,9 @@ func checkSpec(view fsm.View, spec *pb.WorkloadSpec) error {
 	if err := checkGuestInput(spec); err != nil {
 		return err
 	}
+	if err := checkTriggers(spec.GetTriggers()); err != nil {
+		return err
+	}
 	complete := true
 	var granted []permission.Set
 	for _, grant := range spec.GetCapabilities() {
@@ -66,9 +65,6 @@ func checkSpec(view fsm.View, spec *pb.WorkloadSpec) error {
 	}
 	m, err := moduleOf(view, spec.GetModule())
 	if m == nil || err != nil {
-		return err
-	}
-	if err := checkTriggers(spec.GetTriggers(), m); err != nil {
 		return err
 	}
 	if !complete {
@@ -154,27 +150,17 @@ func checkGuestInput(spec *pb.WorkloadSpec) error {
 	return nil
 }
 
-// checkTriggers refuses ways in that the module has no handler for. A command
-// can serve HTTP: it is run once a request.
-func checkTriggers(triggers []*pb.Trigger, m *pb.Module) error {
+// checkTriggers refuses all triggers: nothing delivers requests or messages yet,
+// and an instance that waits for them in vain is worse than an error.
+func checkTriggers(triggers []*pb.Trigger) error {
 	for _, t := range triggers {
-		handler := ""
-		switch way := t.GetTrigger().(type) {
-		case *pb.Trigger_Http:
-			if m.GetKind() != pb.ModuleKind_MODULE_KIND_COMMAND {
-				handler = handlerHTTP
-			}
-		case *pb.Trigger_Subscribe:
-			handler = handlerMessage
-			if _, err := permission.Parse("msg:subscribe:" + way.Subscribe); err != nil {
-				return invalid("trigger subscribe %q: %s", way.Subscribe, err)
-			}
+		kind := "http"
+		if _, ok := t.GetTrigger().(*pb.Trigger_Subscribe); ok {
+			kind = "subscribe"
 		}
-		if handler != "" && !slices.Contains(m.GetExports(), handler) {
-			return invalid("%s has a trigger that needs the handler %s, which it does not export", moduleName(m), handler).
-				With("exports", strings.Join(m.GetExports()[:min(len(m.GetExports()), maxNamed)], ", ")).
-				Next("export %s, or leave the trigger out", handler)
-		}
+		return invalid("a trigger of kind %s was asked for, and nothing delivers to triggers yet", kind).
+			With("trigger", kind).
+			Next("leave triggers out and call the instance: wasmatrix invoke NAME")
 	}
 	return nil
 }

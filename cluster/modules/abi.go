@@ -98,7 +98,7 @@ func kindOf(imports, functions []string, hasMemory bool) (pb.ModuleKind, error) 
 	default:
 		return 0, notAGuest("module exports neither a handler nor %s: nothing in it can be run", exportStart).
 			With("handlers", strings.Join(handlers, ", ")).
-			Next("export a handler (see wasmatrix guest new), or build a command with a main function")
+			Next("export a handler, as docs/guests.md tells, or build a command with a main function")
 	}
 }
 
