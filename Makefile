@@ -52,7 +52,7 @@ race: guests ## unit tests with the race detector
 
 .PHONY: e2e
 e2e: build guests ## end-to-end tests on real processes
-	WASMATRIX_BINARY=$(CURDIR)/$(BIN) WASMATRIX_GUESTS=$(CURDIR)/build/guests $(GO) test -count=1 -timeout 30m ./test/...
+	WASMATRIX_BINARY=$(CURDIR)/$(BIN) WASMATRIX_GUESTS=$(CURDIR)/build/guests $(GO) test -v -count=1 -timeout 30m ./test/e2e ./test/docs
 
 .PHONY: lint
 lint: $(GOLANGCI) ## golangci-lint, import walls, buf lint

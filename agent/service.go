@@ -2,6 +2,8 @@ package agent
 
 import (
 	"context"
+	"strings"
+	"unicode/utf8"
 
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/proto"
@@ -76,7 +78,24 @@ func guestRefusal(e *pb.Error, instance string) error {
 	if _, known := pb.ErrorCode_name[int32(code)]; !known || code == pb.ErrorCode_ERROR_CODE_UNSPECIFIED {
 		code = pb.ErrorCode_ERROR_CODE_INTERNAL_ERROR
 	}
-	return apierror.New(code, "%s", e.GetMessage()).With("refused_by", instance)
+	return apierror.New(code, "%s", bounded(e.GetMessage())).With("refused_by", instance)
+}
+
+// maxRefusal bounds the message of a guest's refusal, in bytes: it goes into
+// logs and error details, which are no place for data.
+const maxRefusal = 1 << 10
+
+// bounded returns text as valid UTF-8 of at most maxRefusal bytes.
+func bounded(text string) string {
+	text = strings.ToValidUTF8(text[:min(len(text), maxRefusal+utf8.UTFMax)], "\uFFFD")
+	if len(text) <= maxRefusal {
+		return text
+	}
+	cut := maxRefusal
+	for !utf8.RuneStart(text[cut]) {
+		cut--
+	}
+	return text[:cut]
 }
 
 // InvokeCapability calls a provider of this node for another node or a user.

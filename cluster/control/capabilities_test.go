@@ -83,6 +83,21 @@ func TestTheLifeOfAProvider(t *testing.T) {
 	}})
 	wantCode(t, err, pb.ErrorCode_ERROR_CODE_INVALID_REQUEST)
 
+	for _, wrong := range []*pb.ProviderSpec{
+		{Id: "web", Type: "http"},
+		{Id: "bus", Type: "messaging"},
+		{Id: "bank", Type: "external"},
+		{Id: "cache", Type: "kv", Driver: "redis"},
+	} {
+		_, err := p.client.RegisterProvider(ctx, &pb.RegisterProviderRequest{Spec: wrong})
+		wantCode(t, err, pb.ErrorCode_ERROR_CODE_INVALID_REQUEST)
+		if next := apierror.From(err).Proto(ctx).GetNextStep(); next == "" {
+			t.Errorf("%v is refused without a next step", wrong)
+		}
+	}
+	_, err = p.client.UpdateProvider(ctx, &pb.UpdateProviderRequest{Spec: &pb.ProviderSpec{Id: "store", Type: "kv", Driver: "redis"}})
+	wantCode(t, err, pb.ErrorCode_ERROR_CODE_INVALID_REQUEST)
+
 	id := p.start("web", 1)[0]
 	if _, err := p.client.AssignCapability(ctx, &pb.AssignCapabilityRequest{
 		Target: id, Grant: &pb.CapabilityGrant{Provider: "store", Permissions: []string{"kv:read"}},

@@ -25,9 +25,20 @@ func (h *handlers) StartInstance(ctx context.Context, req *pb.StartInstanceReque
 		CreateInstances: &pb.CreateInstancesCommand{Spec: spec, InstanceIds: ids},
 	}})
 	if err != nil {
-		return nil, err
+		return nil, nameInUse(err)
 	}
 	return &pb.StartInstanceResponse{Instances: instancesOf(view, res.GetIds()), Index: res.GetIndex()}, nil
+}
+
+// nameInUse says of a name that running instances have how to get it.
+func nameInUse(err error) error {
+	e := apierror.From(err)
+	name := e.Detail("name")
+	if e.Code() != pb.ErrorCode_ERROR_CODE_CONFLICT || name == "" {
+		return err
+	}
+	return e.Next("instances of %s run already: wasmatrix apply --replace -f FILE, wasmatrix instance rm %s --force, or another name with --name",
+		name, name)
 }
 
 // StopInstance implements pb.ControlPlaneServiceServer.

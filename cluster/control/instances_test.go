@@ -105,7 +105,7 @@ func TestStartInstanceRefusesWhatCannotWork(t *testing.T) {
 	publisher := p.addModule(modulestest.Reactor("wasmatrix:messaging/v1 publish"))
 	outbound := p.addModule(modulestest.Reactor("wasmatrix:http/v1 request"))
 	external := p.addModule(modulestest.Reactor("wasmatrix:provider/v1 call"))
-	command := p.addModule(modulestest.Command())
+	handlers := p.addModule(modulestest.Wasm(nil, "wasmatrix_alloc", "wasmatrix_on_http", "wasmatrix_on_message"))
 	p.start("taken", 1)
 	taken := p.state.View().InstancesByName(nil, "taken")[0].GetId()
 
@@ -140,7 +140,7 @@ func TestStartInstanceRefusesWhatCannotWork(t *testing.T) {
 	}{
 		{"a path for a module", func(s *pb.WorkloadSpec) { s.Module = "./hello.wasm" }, invalidRequest, "not a digest", "module push"},
 		{"a module nobody has", func(s *pb.WorkloadSpec) { s.Module = modulestest.Digest(nil) }, pb.ErrorCode_ERROR_CODE_MODULE_NOT_FOUND, "no module", "module push"},
-		{"a name in use", func(s *pb.WorkloadSpec) { s.Name = "taken" }, pb.ErrorCode_ERROR_CODE_CONFLICT, "in use", "--name"},
+		{"a name in use", func(s *pb.WorkloadSpec) { s.Name = "taken" }, pb.ErrorCode_ERROR_CODE_CONFLICT, "in use", "wasmatrix instance rm taken --force, or another name with --name"},
 		{"a name that is an id", func(s *pb.WorkloadSpec) { s.Name = taken }, invalidRequest, "id of an instance", "--name"},
 		{"a provider nobody has", grant("nothing", "kv:read"), pb.ErrorCode_ERROR_CODE_PROVIDER_NOT_FOUND, "nothing", "provider list"},
 		{"no permission", grant("store", "kv:peek"), invalidRequest, "kv:peek", "permissions"},
@@ -171,10 +171,8 @@ func TestStartInstanceRefusesWhatCannotWork(t *testing.T) {
 		{"an argument with a zero byte", func(s *pb.WorkloadSpec) { s.Args = []string{"a", "b\x00"} }, invalidRequest, "argument 2", ""},
 		{"a spec that fills the log", func(s *pb.WorkloadSpec) { s.Args = slices.Repeat([]string{strings.Repeat("x", 100_000)}, 30) }, invalidRequest, "bytes", "provider"},
 		{"replicas that fill a snapshot", func(s *pb.WorkloadSpec) { s.Stdin, s.Replicas = make([]byte, 1<<20), 100 }, invalidRequest, "100 replicas", "fewer replicas"},
-		{"an HTTP trigger without a handler", trigger(reactor, http), invalidRequest, "wasmatrix_on_http", "export"},
-		{"a subscription without a handler", trigger(reactor, subscribe("orders.*")), invalidRequest, "wasmatrix_on_message", "export"},
-		{"a subscription of a command", trigger(command, subscribe("orders.*")), invalidRequest, "wasmatrix_on_message", "export"},
-		{"a malformed subject", trigger(command, subscribe("orders..new")), invalidRequest, "orders..new", ""},
+		{"an HTTP trigger", trigger(handlers, http), invalidRequest, "kind http", "leave triggers out"},
+		{"a subscription", trigger(handlers, subscribe("orders.*")), invalidRequest, "kind subscribe", "leave triggers out"},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
@@ -208,14 +206,9 @@ func TestStartInstanceAcceptsWhatCanWork(t *testing.T) {
 	for name, spec := range map[string]*pb.WorkloadSpec{
 		"command": {
 			Module: p.addModule(modulestest.Command("wasi_snapshot_preview1 fd_write")), Args: []string{"-v"},
-			Triggers: []*pb.Trigger{{Trigger: &pb.Trigger_Http{Http: &pb.HttpTrigger{Path: "/cgi"}}}},
 		},
 		"handlers": {
 			Module: p.addModule(modulestest.Wasm(nil, "wasmatrix_alloc", "wasmatrix_on_http", "wasmatrix_on_message")),
-			Triggers: []*pb.Trigger{
-				{Trigger: &pb.Trigger_Http{Http: &pb.HttpTrigger{Path: "/"}}},
-				{Trigger: &pb.Trigger_Subscribe{Subscribe: "orders.>"}},
-			},
 		},
 		"grants": {
 			Module: p.addModule(modulestest.Reactor("wasmatrix:kv/v1 cas", "wasmatrix:messaging/v1 request", "wasmatrix:provider/v1 call")),

@@ -153,14 +153,14 @@ func checkGuestInput(spec *pb.WorkloadSpec) error {
 // checkTriggers refuses all triggers: nothing delivers requests or messages yet,
 // and an instance that waits for them in vain is worse than an error.
 func checkTriggers(triggers []*pb.Trigger) error {
-	for _, t := range triggers {
-		kind := "http"
-		if _, ok := t.GetTrigger().(*pb.Trigger_Subscribe); ok {
-			kind = "subscribe"
-		}
-		return invalid("a trigger of kind %s was asked for, and nothing delivers to triggers yet", kind).
-			With("trigger", kind).
-			Next("leave triggers out and call the instance: wasmatrix invoke NAME")
+	if len(triggers) == 0 {
+		return nil
 	}
-	return nil
+	kind := "http"
+	if _, ok := triggers[0].GetTrigger().(*pb.Trigger_Subscribe); ok {
+		kind = "subscribe"
+	}
+	return invalid("a trigger of kind %s was asked for, and nothing delivers to triggers yet", kind).
+		With("trigger", kind).
+		Next("leave triggers out and call the instance: wasmatrix invoke NAME")
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 
 	"github.com/spf13/cobra"
@@ -36,7 +37,11 @@ METRICS_ADDR and WASM_RUNTIME_BACKEND win over the file.`,
 			if err := cfg.Complete(); err != nil {
 				return cli.Usage(fmt.Errorf("the configuration is not usable:\n%w", err))
 			}
-			return node.Run(cmd.Context(), cfg, node.Options{ConfigPath: configPath, Log: node.NewLogger(env.Stderr, cfg.Telemetry.Log)})
+			err = node.Run(cmd.Context(), cfg, node.Options{ConfigPath: configPath, Log: node.NewLogger(env.Stderr, cfg.Telemetry.Log)})
+			if errors.Is(err, node.ErrCertificate) || errors.Is(err, node.ErrAgentRuns) || errors.Is(err, node.ErrPort) {
+				return cli.Usage(err)
+			}
+			return err
 		},
 	}
 	cmd.Flags().StringVar(&configPath, "config", "", "configuration file (YAML)")

@@ -29,17 +29,20 @@ func newCAInitCommand(env cli.Env) *cobra.Command {
 		Example: "  wasmatrix cluster ca init ./ca --cluster production",
 		RunE: func(_ *cobra.Command, args []string) error {
 			dir := args[0]
-			if _, err := identity.LoadCA(dir); !errors.Is(err, os.ErrNotExist) {
-				return cli.Usage(fmt.Errorf("%s holds a CA already, or cannot be read (%w); choose another directory", dir, err))
+			if _, err := identity.LoadCA(dir); err == nil {
+				return cli.Usage(fmt.Errorf("%s holds a CA already; choose another directory", dir))
+			} else if !errors.Is(err, os.ErrNotExist) {
+				return cli.Usage(fmt.Errorf("%w; choose another directory than %s", err, dir))
 			}
 			ca, err := identity.NewCA(cluster)
 			if err == nil {
 				err = ca.Save(dir)
 			}
-			if err == nil {
-				fmt.Fprintf(env.Stdout, "CA of cluster %s written to %s; keep its key off the nodes\n", cluster, dir)
+			if err != nil {
+				return cli.Usage(err)
 			}
-			return err
+			fmt.Fprintf(env.Stdout, "CA of cluster %s written to %s; keep its key off the nodes\n", cluster, dir)
+			return nil
 		},
 	}
 	cmd.Flags().StringVar(&cluster, "cluster", "wasmatrix", "the cluster's name")
@@ -60,7 +63,7 @@ func newCAIssueCommand(env cli.Env) *cobra.Command {
 			}
 			ca, err := identity.LoadCA(caDir)
 			if err != nil {
-				return fmt.Errorf("open the CA: %w", err)
+				return cli.Usage(fmt.Errorf("open the CA in %s (make one with `wasmatrix cluster ca init %s`): %w", caDir, caDir, err))
 			}
 			subject := identity.Subject{Cluster: ca.Cluster(), Kind: identity.Node, Name: nodeName, Role: identity.Role(role)}
 			if user != "" {
@@ -74,7 +77,8 @@ func newCAIssueCommand(env cli.Env) *cobra.Command {
 				err = bundle.Save(out)
 			}
 			if err != nil {
-				return err
+				// A name, a lifetime or a directory that cannot be.
+				return cli.Usage(err)
 			}
 			fmt.Fprintf(env.Stdout, "%s written to %s\n", subject, out)
 			if user == "" || len(addresses) == 0 {

@@ -20,6 +20,9 @@ import (
 // readyWithin bounds the start of a development cluster.
 const readyWithin = 60 * time.Second
 
+// logLines is how much is shown of the log of a node that ended by itself.
+const logLines = 15
+
 func newDevCommand(env cli.Env) *cobra.Command {
 	o := dev.Options{}
 	var contextPath string
@@ -62,24 +65,24 @@ func runDev(ctx context.Context, env cli.Env, o dev.Options, contextPath string)
 	}
 	if contextPath == "" {
 		if contextPath, err = client.DefaultContextPath(env.Getenv); err != nil {
-			return err
+			return cli.Usage(fmt.Errorf("no place for the client context (%w): name a file with --write-context", err))
 		}
 	}
 	c, err := dev.Create(o)
 	if err != nil {
 		return cli.Usage(err)
 	}
+	if err := c.CheckPorts(); err != nil {
+		return errors.Join(cli.Usage(err), c.Close())
+	}
+	if err := c.SaveContext(contextPath); err != nil {
+		return errors.Join(cli.Usage(fmt.Errorf("%w; choose another file with --write-context", err)), c.Close())
+	}
 	defer func() {
 		fmt.Fprintln(env.Stderr, "shutting down")
 		err = errors.Join(err, c.Close(), c.RemoveContext(contextPath))
 	}()
-	if err := c.CheckPorts(); err != nil {
-		return err
-	}
 	if err := c.Start(); err != nil {
-		return err
-	}
-	if err := c.SaveContext(contextPath); err != nil {
 		return err
 	}
 	cl, err := c.Client()
@@ -124,7 +127,7 @@ func watchNodes(ctx context.Context, env cli.Env, c *dev.Cluster) error {
 			return nil
 		case n := <-gone:
 			left--
-			fmt.Fprintf(env.Stderr, "%s ended; its log is %s\n", n.Name(), n.LogPath)
+			fmt.Fprintf(env.Stderr, "%s ended; the end of its log %s:\n%s", n.Name(), n.LogPath, dev.Tail(n.LogPath, logLines))
 		}
 	}
 	return errors.New("all nodes have ended")

@@ -133,5 +133,5 @@ func broken(ctx context.Context, err error, call *provider.RemoteCall, address s
 func unreachable(call *provider.RemoteCall, address string, err error) *provider.Error {
 	return provider.Errorf(provider.ErrCommunication, "node %s at %s could not be reached: %s", call.Node, address, err).
 		With("node", call.Node).With("address", address).With("provider", call.Provider).
-		NextStep("wasmatrix node get %s", call.Node).Because(err)
+		NextStep("wasmatrix node list").Because(err)
 }

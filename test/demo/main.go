@@ -61,7 +61,7 @@ func run(ctx context.Context, binary, guests string) (err error) {
 	defer func() {
 		if err != nil {
 			for _, n := range d.nodes() {
-				fmt.Fprintf(os.Stderr, "--- the end of %s's log\n%s", n.Name(), harness.Tail(n.LogPath, 10))
+				fmt.Fprintf(os.Stderr, "--- the end of %s's log\n%s", n.Name(), dev.Tail(n.LogPath, 10))
 			}
 		}
 		err = errors.Join(err, os.RemoveAll(dir))

@@ -12,6 +12,7 @@ import (
 
 	"google.golang.org/grpc"
 
+	"github.com/wasmatrix/wasmatrix/cmd/wasmatrix/dev"
 	"github.com/wasmatrix/wasmatrix/cmd/wasmatrix/node"
 	"github.com/wasmatrix/wasmatrix/identity"
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
@@ -51,7 +52,7 @@ func TestStandaloneAgent(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := s.cmd.Wait(); err != nil {
-		t.Fatalf("the agent's orderly end: %v\n%s", err, harness.Tail(s.log, 30))
+		t.Fatalf("the agent's orderly end: %v\n%s", err, dev.Tail(s.log, 30))
 	}
 }
 
@@ -104,7 +105,7 @@ func newStandalone(t *testing.T, binary string) *standalone {
 			_ = s.cmd.Wait()
 		}
 		if t.Failed() {
-			t.Logf("the end of the agent's log:\n%s", harness.Tail(s.log, 40))
+			t.Logf("the end of the agent's log:\n%s", dev.Tail(s.log, 40))
 		}
 	})
 	s.client = pb.NewNodeAgentServiceClient(conn)

@@ -43,7 +43,7 @@ func New(t testing.TB, o dev.Options) *Cluster {
 	t.Cleanup(func() {
 		if t.Failed() {
 			for _, n := range d.Nodes() {
-				t.Logf("the end of %s's log:\n%s", n.Name(), Tail(n.LogPath, 40))
+				t.Logf("the end of %s's log:\n%s", n.Name(), dev.Tail(n.LogPath, 40))
 			}
 		}
 		if err := d.Close(); err != nil {

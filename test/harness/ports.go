@@ -2,10 +2,8 @@ package harness
 
 import (
 	"fmt"
-	"io"
 	"net"
 	"os"
-	"strings"
 	"testing"
 
 	"github.com/wasmatrix/wasmatrix/cmd/wasmatrix/node"
@@ -50,21 +48,6 @@ func free(base, nodes int) bool {
 		}
 	}
 	return true
-}
-
-// Tail returns the last lines of a file, for an error message.
-func Tail(path string, lines int) string {
-	f, err := os.Open(path)
-	if err != nil {
-		return err.Error() + "\n"
-	}
-	defer f.Close()
-	if info, err := f.Stat(); err == nil && info.Size() > 64<<10 {
-		_, _ = f.Seek(-64<<10, io.SeekEnd)
-	}
-	raw, _ := io.ReadAll(f)
-	all := strings.Split(strings.TrimRight(string(raw), "\n"), "\n")
-	return strings.Join(all[max(0, len(all)-lines):], "\n") + "\n"
 }
 
 // Binary returns the built wasmatrix binary and the directory of the built

@@ -67,10 +67,11 @@ func (a *app) newApply() *cobra.Command {
 	var wf waitFlags
 	cmd := &cobra.Command{
 		Use: "apply -f FILE", Short: "make the cluster run what manifests say",
-		Long: `Starts each workload that does not exist yet, and starts the replicas that are
-missing of one that runs as its manifest says. A workload that runs with another
-spec, or with more replicas, is a conflict unless --replace is given: then its
-instances are removed and new ones started.`,
+		Long: `Starts each workload that has no instances, or only ended ones, and leaves alone
+what runs as its manifest says. A workload that runs with another spec or with
+another number of replicas is a conflict unless --replace is given: then all its
+instances are removed and new ones started. Replicas are not added to instances
+that run already.`,
 		Args: cobra.NoArgs,
 		RunE: a.withClient(func(cmd *cobra.Command, c *client.Client, _ []string) error {
 			specs, err := a.manifests(files)
@@ -86,7 +87,7 @@ instances are removed and new ones started.`,
 		}),
 	}
 	fileFlag(cmd, &files)
-	cmd.Flags().BoolVar(&replace, "replace", false, "remove and start anew what runs with another spec")
+	cmd.Flags().BoolVar(&replace, "replace", false, "remove and start anew what runs with another spec or number of replicas")
 	wf.bind(cmd)
 	return cmd
 }
@@ -113,13 +114,14 @@ func (a *app) applyOne(ctx context.Context, c *client.Client, spec *pb.WorkloadS
 		}
 	}
 	want := int(max(1, spec.GetReplicas()))
-	if differs == "" && len(alive) > want {
-		differs = fmt.Sprintf("%d instances run and the manifest wants %d", len(alive), want)
+	if differs == "" && len(alive) > 0 && len(alive) != want {
+		differs = fmt.Sprintf("%d of its instances run already and the manifest wants %d", len(alive), want)
 	}
 	switch {
 	case differs != "" && !replace:
 		return apierror.New(pb.ErrorCode_ERROR_CODE_CONFLICT, "%s exists and is not what the manifest says: %s", spec.GetName(), differs).
-			Next("wasmatrix apply --replace removes its %s and starts new ones", plural(len(alive), "instance"))
+			Next("wasmatrix apply --replace, which removes its %s and starts new ones; or wasmatrix instance rm %s --force first",
+				plural(len(alive), "instance"), spec.GetName())
 	case differs != "":
 		if _, err := c.RemoveInstance(ctx, &pb.RemoveInstanceRequest{Target: spec.GetName(), Force: true}); err != nil {
 			return err
@@ -129,8 +131,6 @@ func (a *app) applyOne(ctx context.Context, c *client.Client, spec *pb.WorkloadS
 		return a.print(result{message: list, names: idsOf(alive), table: func(w io.Writer) {
 			fmt.Fprintf(w, "%s unchanged, %s\n", spec.GetName(), plural(want, "instance"))
 		}})
-	default:
-		spec.Replicas = uint32(want - len(alive))
 	}
 	return a.start(ctx, c, spec, &runFlags{waiting: wf})
 }

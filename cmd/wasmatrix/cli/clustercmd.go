@@ -37,7 +37,7 @@ func (a *app) newPeers() *cobra.Command {
 				return err
 			}
 			var ids []string
-			for _, p := range resp.GetPeers() {
+			for _, p := range sortedPeers(resp) {
 				ids = append(ids, p.GetId())
 			}
 			return a.print(result{message: resp, names: ids, table: func(w io.Writer) { peerTable(w, resp) }})

@@ -176,7 +176,10 @@ func TestEvents(t *testing.T) {
 func TestWaitEndsWithTheState(t *testing.T) {
 	b := newBench(t)
 	threeInstances(b.fake)
-	b.fake.providers = []*pb.Provider{newProvider("kv", "kv", pb.ProviderState_PROVIDER_STATE_STARTING)}
+	b.fake.providers = []*pb.Provider{
+		newProvider("kv", "kv", pb.ProviderState_PROVIDER_STATE_STARTING), newProvider("broken", "kv", pb.ProviderState_PROVIDER_STATE_FAILED),
+	}
+	b.fake.providers[1].Status.Message = "no such driver"
 	b.fake.nodes = []*pb.Node{{Id: "n1", State: pb.NodeState_NODE_STATE_READY, Draining: true}, {Id: "n2", State: pb.NodeState_NODE_STATE_LOST, Draining: true}}
 	for _, tt := range []struct {
 		subject, state string
@@ -190,6 +193,8 @@ func TestWaitEndsWithTheState(t *testing.T) {
 		{"instance/none", "RUNNING", 3, ""},
 		{"provider/kv", "STARTING", 0, ""},
 		{"provider/kv", "RUNNING", 7, "found  STARTING"},
+		{"provider/broken", "RUNNING", 8, "error: provider broken failed: no such driver"},
+		{"provider/broken", "FAILED", 0, ""},
 		{"provider/none", "GONE", 0, ""},
 		{"node/n1", "READY", 0, ""},
 		{"node/n1", "DRAINED", 7, "found  READY draining, 2 instances"},
@@ -242,6 +247,16 @@ n2    best     load 0 %
 `
 	if got := b.want("explain", "other-ccccc"); got != want {
 		t.Errorf("got\n%s\nwant\n%s", got, want)
+	}
+}
+
+func TestExplainOfAnAmbiguousNameSaysWhichToChooseFrom(t *testing.T) {
+	b := newBench(t)
+	b.fake.fail["Explain"] = apierror.New(pb.ErrorCode_ERROR_CODE_INVALID_REQUEST, `"web" names 2 instances`).
+		With("matches", "web-aaaaa, web-bbbbb").Next("something else")
+	code, _, stderr := b.run("explain", "web")
+	if code != 3 || !strings.Contains(stderr, "try:  wasmatrix explain web-aaaaa, or one of web-bbbbb\n") {
+		t.Errorf("exit %d\n%s", code, stderr)
 	}
 }
 
@@ -314,6 +329,14 @@ func TestProviders(t *testing.T) {
 	if got := b.want("provider", "deregister", "cache"); got != "cache removed\n" {
 		t.Errorf("deregister: %q", got)
 	}
+	b.fake.opens = pb.ProviderState_PROVIDER_STATE_FAILED
+	for _, args := range [][]string{{"register", "bad", "--type", "kv"}, {"update", "kv", "--driver", "bbolt"}, {"start", "bad"}} {
+		if code, _, stderr := b.run(append([]string{"provider"}, args...)...); code != 8 || !strings.Contains(stderr, "failed") {
+			t.Errorf("%v of one that fails: exit %d\n%s", args, code, stderr)
+		}
+	}
+	b.fake.opens = pb.ProviderState_PROVIDER_STATE_RUNNING
+	b.want("provider", "update", "kv", "--driver", "memory")
 	b.fake.grants = []*pb.CapabilityAssignment{{InstanceId: "hello-aaaaa", ProviderId: "kv"}}
 	code, _, stderr := b.run("provider", "stop", "kv")
 	if code != 2 || !strings.Contains(stderr, "kv (kv, n2) is used by hello-aaaaa. Drain and stop?\ntry:  say so with --yes") {
@@ -384,12 +407,37 @@ func TestModulesAndNodes(t *testing.T) {
 	}
 }
 
+func TestDrainSaysWhatItWaitsForAndWhy(t *testing.T) {
+	b := newBench(t)
+	for id, rules := range map[string]*pb.PlacementRules{
+		"free-1": nil, "pinned-1": {Node: "n1"}, "zoned-1": {Labels: map[string]string{"zone": "a"}},
+	} {
+		i := b.fake.add(id, pb.InstanceState_INSTANCE_STATE_RUNNING)
+		i.Placement = &pb.Placement{NodeId: "n1"}
+		i.Spec = &pb.WorkloadSpec{Placement: rules}
+	}
+	b.fake.add("elsewhere-1", pb.InstanceState_INSTANCE_STATE_RUNNING).Placement = &pb.Placement{NodeId: "n2"}
+	code, _, stderr := b.run("node", "drain", "n1", "--wait-timeout", "500ms")
+	for _, want := range []string{
+		"gave up waiting for n1 to be drained after 500ms\n",
+		"free-1 RUNNING, pinned-1 RUNNING (pinned by placement.node), zoned-1 RUNNING (wants a node with zone=a)\n",
+		"try:  what is pinned leaves only when it is stopped: wasmatrix instance stop pinned-1; or wasmatrix node undrain n1\n",
+	} {
+		if code != 7 || !strings.Contains(stderr, want) {
+			t.Errorf("exit %d, no %q in\n%s", code, want, stderr)
+		}
+	}
+	if strings.Contains(stderr, "elsewhere") {
+		t.Errorf("it waits for what is on another node\n%s", stderr)
+	}
+}
+
 func healthy() *pb.StatusResponse {
 	return &pb.StatusResponse{
 		PeerId: "n2", Cluster: "dev", LeaderId: "n1", Term: 3, AppliedIndex: 42, Version: "1.0.0", NodesReady: 2,
 		Instances: map[string]uint32{"RUNNING": 2, "PENDING": 1}, Providers: map[string]uint32{"RUNNING": 1},
 		Peers: []*pb.PeerStatus{
-			{Id: "n1", Voter: true, Leader: true, Alive: true, ApiAddress: "a:1", RaftAddress: "a:2"}, {Id: "n2", Voter: true, Self: true}, {Id: "n3", Alive: true},
+			{Id: "n1", Voter: true, Leader: true, Alive: true, ApiAddress: "a:1", RaftAddress: "a:2"}, {Id: "n3", Alive: true}, {Id: "n2", Voter: true, Self: true},
 		},
 	}
 }

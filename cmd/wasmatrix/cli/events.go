@@ -160,7 +160,7 @@ func (a *app) watch(ctx context.Context, c *client.Client, show func(context.Con
 		if err := show(ctx); err != nil && (!passes(err) || ctx.Err() != nil) {
 			return quietly(err)
 		} else if err != nil {
-			fmt.Fprintf(a.env.Stderr, "%s; trying again\n", err)
+			fmt.Fprintf(a.env.Stderr, "%s; trying again\n", cleanLine(err.Error()))
 		}
 		select {
 		case <-wake:

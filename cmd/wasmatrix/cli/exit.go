@@ -117,7 +117,7 @@ func exitCode(err error) int {
 	e := apierror.From(err)
 	switch e.Code() {
 	case pb.ErrorCode_ERROR_CODE_INVALID_REQUEST:
-		// The state names the candidates of an ambiguous prefix.
+		// The server names the candidates of an ambiguous name or prefix.
 		if e.Detail("matches") != "" {
 			return exitNotFound
 		}
@@ -186,20 +186,32 @@ func report(ctx context.Context, env Env, form string, err error) int {
 	return code
 }
 
+// messageLines makes a message fit to be shown: lines after the first are
+// indented, so that none passes for a next step or a code.
+func messageLines(text string) string {
+	lines := strings.Split(clean(strings.TrimRight(text, "\n")), "\n")
+	for i, line := range lines {
+		if i > 0 && !strings.HasPrefix(line, " ") {
+			lines[i] = "  " + line
+		}
+	}
+	return strings.Join(lines, "\n")
+}
+
 // printError writes the four parts of a failure.
 func printError(w io.Writer, e *pb.Error, code int) {
 	var b bytes.Buffer
-	fmt.Fprintf(&b, "error: %s\n", strings.TrimRight(e.GetMessage(), "\n"))
+	fmt.Fprintf(&b, "error: %s\n", messageLines(e.GetMessage()))
 	details := e.GetDetails()
 	width := 0
 	for key := range details {
-		width = max(width, len(key))
+		width = max(width, len(cleanLine(key)))
 	}
 	for _, key := range slices.Sorted(maps.Keys(details)) {
-		fmt.Fprintf(&b, "  %-*s  %s\n", width, key, details[key])
+		fmt.Fprintf(&b, "  %-*s  %s\n", width, cleanLine(key), cleanLine(details[key]))
 	}
 	if e.GetNextStep() != "" {
-		fmt.Fprintf(&b, "try:  %s\n", e.GetNextStep())
+		fmt.Fprintf(&b, "try:  %s\n", cleanLine(e.GetNextStep()))
 	}
 	label := "code " + shortName(e.GetCode().String(), "ERROR_CODE_")
 	if e.GetCode() == pb.ErrorCode_ERROR_CODE_UNSPECIFIED {
@@ -207,7 +219,7 @@ func printError(w io.Writer, e *pb.Error, code int) {
 	}
 	fmt.Fprintf(&b, "%s · exit %d", label, code)
 	if e.GetCorrelationId() != "" {
-		fmt.Fprintf(&b, " · %s %s", correlation.Header, e.GetCorrelationId())
+		fmt.Fprintf(&b, " · %s %s", correlation.Header, cleanLine(e.GetCorrelationId()))
 	}
 	fmt.Fprintln(&b)
 	_, _ = w.Write(b.Bytes())

@@ -50,6 +50,8 @@ type fake struct {
 	kv        map[string]string
 	status    *pb.StatusResponse
 	snapshot  []byte
+	// opens is what a provider that is to run turns into.
+	opens pb.ProviderState
 	// becomes is what a started instance turns into.
 	becomes func(*pb.Instance)
 	// kind is that of modules uploaded.
@@ -81,6 +83,7 @@ func newBench(t *testing.T) *bench {
 	}
 	f := &fake{
 		changed: make(chan struct{}), fail: map[string]error{}, kv: map[string]string{}, kind: pb.ModuleKind_MODULE_KIND_REACTOR,
+		opens:   pb.ProviderState_PROVIDER_STATE_RUNNING,
 		becomes: func(i *pb.Instance) { i.Status.State = pb.InstanceState_INSTANCE_STATE_RUNNING },
 	}
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -354,7 +357,8 @@ func (f *fake) ListInstances(_ context.Context, req *pb.ListInstancesRequest) (*
 	defer f.mu.Unlock()
 	var all []*pb.Instance
 	for _, i := range f.instances {
-		if (req.GetName() == "" || i.GetName() == req.GetName()) && i.GetId() > req.GetPageToken() {
+		if (req.GetName() == "" || i.GetName() == req.GetName()) &&
+			(req.GetNodeId() == "" || i.GetPlacement().GetNodeId() == req.GetNodeId()) && i.GetId() > req.GetPageToken() {
 			all = append(all, i)
 		}
 	}
@@ -434,17 +438,17 @@ func (f *fake) RegisterProvider(_ context.Context, req *pb.RegisterProviderReque
 	f.mu.Lock()
 	f.providers = append(f.providers, newProvider(req.GetSpec().GetId(), req.GetSpec().GetType(), pb.ProviderState_PROVIDER_STATE_PENDING))
 	f.mu.Unlock()
-	p, err := f.setProvider(req.GetSpec().GetId(), true, pb.ProviderState_PROVIDER_STATE_RUNNING)
+	p, err := f.setProvider(req.GetSpec().GetId(), true, f.opens)
 	return &pb.RegisterProviderResponse{Provider: p}, err
 }
 
 func (f *fake) UpdateProvider(_ context.Context, req *pb.UpdateProviderRequest) (*pb.UpdateProviderResponse, error) {
-	p, err := f.setProvider(req.GetSpec().GetId(), true, pb.ProviderState_PROVIDER_STATE_RUNNING)
+	p, err := f.setProvider(req.GetSpec().GetId(), true, f.opens)
 	return &pb.UpdateProviderResponse{Provider: p}, err
 }
 
 func (f *fake) StartProvider(_ context.Context, req *pb.StartProviderRequest) (*pb.StartProviderResponse, error) {
-	p, err := f.setProvider(req.GetProviderId(), true, pb.ProviderState_PROVIDER_STATE_RUNNING)
+	p, err := f.setProvider(req.GetProviderId(), true, f.opens)
 	return &pb.StartProviderResponse{Provider: p}, err
 }
 

@@ -78,6 +78,10 @@ func chooseProvider(known []*pb.Provider, p permission.Permission, named []strin
 	case 1:
 		return chosen[0].GetId(), nil
 	case 0:
+		if kind != "kv" {
+			return "", apierror.New(pb.ErrorCode_ERROR_CODE_PROVIDER_NOT_FOUND, "%s is served by a provider of type %s, and there is none", p, kind).
+				Next("leave the permission out: this version serves kv; http, messaging and external providers are not built yet")
+		}
 		return "", apierror.New(pb.ErrorCode_ERROR_CODE_PROVIDER_NOT_FOUND, "%s is served by a provider of type %s, and there is none", p, kind).
 			Next("wasmatrix provider register NAME --type %s", kind)
 	default:

@@ -116,7 +116,10 @@ func (a *app) describeInstance(w io.Writer, resp *pb.QueryInstanceResponse) {
 	if paint := a.painter(); paint != nil {
 		state = paint("STATE", state)
 	}
-	line("state", "%s %s", state, oneLine(st.GetMessage()))
+	if m := oneLine(st.GetMessage()); m != "" {
+		state += " " + cleanLine(m)
+	}
+	line("state", "%s", state)
 	if i.GetPlacement().GetNodeId() != "" {
 		line("node", "%s, generation %d", i.GetPlacement().GetNodeId(), i.GetPlacement().GetGeneration())
 	}

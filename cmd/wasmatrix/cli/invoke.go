@@ -8,6 +8,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/wasmatrix/wasmatrix/apierror"
 	"github.com/wasmatrix/wasmatrix/client"
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
 )
@@ -60,7 +61,7 @@ func (a *app) newExplain() *cobra.Command {
 		RunE: a.withClient(func(cmd *cobra.Command, c *client.Client, args []string) error {
 			resp, err := c.Explain(cmd.Context(), &pb.ExplainRequest{Target: args[0], Read: &pb.ReadOptions{Stale: stale}})
 			if err != nil {
-				return err
+				return whichOne("explain", err)
 			}
 			var eligible []string
 			for _, n := range resp.GetNodes() {
@@ -75,11 +76,25 @@ func (a *app) newExplain() *cobra.Command {
 	return cmd
 }
 
+// whichOne lets an error about an ambiguous name say which ids to choose from.
+func whichOne(command string, err error) error {
+	e := apierror.From(err)
+	ids := strings.Split(e.Detail("matches"), ", ")
+	if e.Code() != pb.ErrorCode_ERROR_CODE_INVALID_REQUEST || ids[0] == "" {
+		return err
+	}
+	next := "wasmatrix " + command + " " + ids[0]
+	if len(ids) > 1 {
+		next += ", or one of " + strings.Join(ids[1:], ", ")
+	}
+	return e.Next("%s", next)
+}
+
 func explainTable(w io.Writer, resp *pb.ExplainResponse) {
 	i := resp.GetInstance()
 	fmt.Fprintf(w, "%s is %s on %s", i.GetId(), stateOf(i), orDash(i.GetPlacement().GetNodeId()))
 	if m := oneLine(i.GetStatus().GetMessage()); m != "" {
-		fmt.Fprintf(w, ": %s", m)
+		fmt.Fprintf(w, ": %s", cleanLine(m))
 	}
 	fmt.Fprintln(w)
 	t := table{head: []string{"NODE", "VERDICT", "REASONS"}}

@@ -91,9 +91,10 @@ func (p *logPrinter) print(e *pb.LogEntry) error {
 		b.WriteString("· ")
 	default:
 	}
-	b.WriteString(e.GetMessage())
+	message := strings.TrimSuffix(e.GetMessage(), "\r")
+	b.WriteString(indented(clean(message), "    "))
 	for _, key := range slices.Sorted(maps.Keys(e.GetAttributes())) {
-		fmt.Fprintf(&b, " %s=%s", key, e.GetAttributes()[key])
+		fmt.Fprintf(&b, " %s=%s", cleanLine(key), cleanLine(e.GetAttributes()[key]))
 	}
 	_, err := fmt.Fprintln(w, b.String())
 	return err

@@ -164,11 +164,63 @@ func syntaxError(path string, raw []byte, err error) error {
 	return fmt.Errorf("%s:%d:%d %s\n%4d | %s\n%4d | %s^", path, n, indent+1, found[2], n, line, n, strings.Repeat(".", indent))
 }
 
+// The bounds of an instance's memory, in bytes.
+const (
+	minMemory = 64 << 10
+	maxMemory = 4 << 30
+)
+
+// flagsOf says which flag of run gives which field.
+func flagsOf() map[string]string {
+	return map[string]string{
+		"name": "--name", "replicas": "--replicas", "runtime": "--runtime", "placement.node": "--node",
+		"limits.memory": "--memory", "limits.timeout": "--timeout", "limits.concurrency": "--concurrency",
+		"restart.policy": "--restart", "restart.max_retries": "--max-retries",
+	}
+}
+
+// wanted says for people what a pattern in the rules asks for.
+func wanted() map[string]string {
+	return map[string]string{
+		"name":          "want up to 53 lower-case letters, digits and hyphens, no hyphen first or last",
+		"limits.memory": "want a number with KiB, MiB or GiB, as in 32MiB",
+	}
+}
+
+// checkRules checks a spec made from flags against the rules of its proto file,
+// before anything is sent.
+func checkRules(spec *pb.WorkloadSpec) error {
+	validator, err := protovalidate.New()
+	if err != nil {
+		return err
+	}
+	err = validator.Validate(spec)
+	var broken *protovalidate.ValidationError
+	if !errors.As(err, &broken) || len(broken.Violations) == 0 {
+		return err
+	}
+	first := broken.Violations[0].Proto
+	field := protovalidate.FieldPathString(first.GetField())
+	what := field
+	if flag := flagsOf()[field]; flag != "" {
+		what = flag
+	}
+	text := wanted()[field]
+	if text == "" {
+		text = first.GetMessage()
+	}
+	return usagef("%s: %s", what, text)
+}
+
 // checkMeaning checks what the rules of the message cannot say and no cluster is needed for.
 func checkMeaning(spec *pb.WorkloadSpec) error {
 	if m := spec.GetLimits().GetMemory(); m != "" {
-		if _, err := quantity.ParseBytes(m); err != nil {
+		n, err := quantity.ParseBytes(m)
+		if err != nil {
 			return fmt.Errorf("limits.memory: %w", err)
+		}
+		if n < minMemory || n > maxMemory {
+			return fmt.Errorf("limits.memory is %s, and 64KiB to 4GiB are allowed", m)
 		}
 	}
 	for i, grant := range spec.GetCapabilities() {

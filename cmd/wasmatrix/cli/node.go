@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/cobra"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/wasmatrix/wasmatrix/apierror"
 	"github.com/wasmatrix/wasmatrix/client"
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
 )
@@ -92,12 +93,14 @@ func (a *app) newNodeDrain() *cobra.Command {
 			}
 			if !wf.no {
 				s := a.steps()
+				d := &drain{client: c, node: args[0]}
 				err := a.waitFor(cmd.Context(), c, s, wait{
 					what: args[0] + " to be drained", limit: wf.limit,
-					look: func(ctx context.Context) (bool, string, error) { return lookNode(ctx, c, args[0], "DRAINED") },
+					look: d.look,
 				})
 				if err != nil {
-					return err
+					s.end(0)
+					return d.gaveUp(err)
 				}
 				s.done("%s has no instances", args[0])
 				s.end(a.elapsed())
@@ -107,6 +110,73 @@ func (a *app) newNodeDrain() *cobra.Command {
 	}
 	wf.bind(cmd)
 	return cmd
+}
+
+// drain waits for the instances of a node to leave it.
+type drain struct {
+	client *client.Client
+	node   string
+	// left are the instances seen last.
+	left []*pb.Instance
+}
+
+// look reports whether the node is drained, and which instances are left.
+func (d *drain) look(ctx context.Context) (bool, string, error) {
+	done, found, err := lookNode(ctx, d.client, d.node, "DRAINED")
+	if done || err != nil {
+		return done, found, err
+	}
+	list, err := listInstances(ctx, d.client, &pb.ListInstancesRequest{NodeId: d.node})
+	if err != nil {
+		return false, "", err
+	}
+	d.left = slices.DeleteFunc(list.GetInstances(), over)
+	var texts []string
+	for _, i := range d.left {
+		text := i.GetId() + " " + stateOf(i)
+		if held := heldBy(i, d.node); held != "" {
+			text += " " + held
+		}
+		texts = append(texts, text)
+	}
+	if len(texts) > 0 {
+		found += ": " + some(texts)
+	}
+	return false, found, nil
+}
+
+// heldBy says which rule of an instance may keep it on a node; empty when none does.
+func heldBy(i *pb.Instance, node string) string {
+	rules := i.GetSpec().GetPlacement()
+	switch {
+	case rules.GetNode() == node:
+		return "(pinned by placement.node)"
+	case len(rules.GetLabels()) > 0:
+		var pairs []string
+		for _, key := range slices.Sorted(maps.Keys(rules.GetLabels())) {
+			pairs = append(pairs, key+"="+rules.GetLabels()[key])
+		}
+		return "(wants a node with " + strings.Join(pairs, ",") + ")"
+	default:
+		return ""
+	}
+}
+
+// gaveUp adds to the end of a wait in vain what can be done about it.
+func (d *drain) gaveUp(err error) error {
+	if apierror.CodeOf(err) != pb.ErrorCode_ERROR_CODE_TIMEOUT {
+		return err
+	}
+	e := apierror.From(err)
+	pinned := slices.IndexFunc(d.left, func(i *pb.Instance) bool { return i.GetSpec().GetPlacement().GetNode() == d.node })
+	switch {
+	case pinned >= 0:
+		return e.Next("what is pinned leaves only when it is stopped: wasmatrix instance stop %s; or wasmatrix node undrain %s", d.left[pinned].GetId(), d.node)
+	case len(d.left) > 0:
+		return e.Next("wasmatrix explain %s; the drain goes on, or wasmatrix node undrain %s", d.left[0].GetId(), d.node)
+	default:
+		return e.Next("wasmatrix node list; the drain goes on, or wasmatrix node undrain %s", d.node)
+	}
 }
 
 func (a *app) newNodeUndrain() *cobra.Command {

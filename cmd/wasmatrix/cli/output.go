@@ -52,7 +52,7 @@ func (a *app) print(r result) error {
 		return err
 	case formName:
 		for _, name := range r.names {
-			if _, err := fmt.Fprintln(a.env.Stdout, name); err != nil {
+			if _, err := fmt.Fprintln(a.env.Stdout, cleanLine(name)); err != nil {
 				return err
 			}
 		}
@@ -79,9 +79,9 @@ func (a *app) printLine(m proto.Message, name, line string) error {
 			_, err = fmt.Fprintf(a.env.Stdout, "---\n%s", raw)
 		}
 	case formName:
-		_, err = fmt.Fprintln(a.env.Stdout, name)
+		_, err = fmt.Fprintln(a.env.Stdout, cleanLine(name))
 	default:
-		_, err = fmt.Fprintln(a.env.Stdout, line)
+		_, err = fmt.Fprintln(a.env.Stdout, clean(line))
 	}
 	return err
 }
@@ -120,7 +120,14 @@ type table struct {
 	paint func(column, text string) string
 }
 
-func (t *table) row(cells ...string) { t.rows = append(t.rows, cells) }
+// row adds a row; its cells are cleaned.
+func (t *table) row(cells ...string) {
+	safe := make([]string, len(cells))
+	for i, cell := range cells {
+		safe[i] = cleanCell(cell)
+	}
+	t.rows = append(t.rows, safe)
+}
 
 func (t *table) write(w io.Writer) {
 	widths := make([]int, len(t.head))

@@ -43,7 +43,7 @@ func (s *steps) done(format string, args ...any) {
 		fmt.Fprint(s.w, " ")
 	}
 	s.open = true
-	fmt.Fprintf(s.w, " ✓ "+format, args...)
+	fmt.Fprint(s.w, " ✓ "+cleanLine(fmt.Sprintf(format, args...)))
 }
 
 // end ends the line, with how long all of it took unless that is 0.
@@ -67,7 +67,7 @@ func (s *steps) say(format string, args ...any) {
 		fmt.Fprintln(s.w)
 	}
 	s.open = false
-	fmt.Fprintf(s.w, format+"\n", args...)
+	fmt.Fprintln(s.w, clean(fmt.Sprintf(format, args...)))
 }
 
 func (a *app) steps() *steps { return &steps{w: a.env.Stderr} }
@@ -129,10 +129,18 @@ func (a *app) waitFor(ctx context.Context, c *client.Client, s *steps, w wait) e
 			if errors.Is(ctx.Err(), context.Canceled) {
 				return ctx.Err()
 			}
-			return apierror.New(pb.ErrorCode_ERROR_CODE_TIMEOUT, "gave up waiting for %s after %s", w.what, humanDuration(w.limit)).
+			return apierror.New(pb.ErrorCode_ERROR_CODE_TIMEOUT, "gave up waiting for %s after %s", w.what, limitText(w.limit)).
 				With("found", found)
 		}
 	}
+}
+
+// limitText tells a limit; one below a second is no 0s.
+func limitText(d time.Duration) string {
+	if d < time.Second {
+		return d.String()
+	}
+	return humanDuration(d)
 }
 
 func wakeOnEvents(ctx context.Context, c *client.Client, subject string, wake chan<- struct{}) {

@@ -87,7 +87,7 @@ func (a *app) newProviderGet() *cobra.Command {
 				a.providerTable([]*pb.Provider{resp.GetProvider()})(w)
 				config := resp.GetProvider().GetSpec().GetConfig()
 				for _, key := range slices.Sorted(maps.Keys(config)) {
-					fmt.Fprintf(w, "  %s=%s\n", key, config[key])
+					fmt.Fprintf(w, "  %s=%s\n", cleanLine(key), cleanLine(config[key]))
 				}
 				if len(resp.GetAssignments()) > 0 {
 					fmt.Fprintln(w)
@@ -163,7 +163,7 @@ func (a *app) newProviderRegister() *cobra.Command {
 				return err
 			}
 			if spec.GetId() == "" || spec.GetType() == "" {
-				return usagef("a provider needs a name and a --type: kv, http, messaging or external")
+				return usagef("a provider needs a name and a --type: kv")
 			}
 			resp, err := c.RegisterProvider(cmd.Context(), &pb.RegisterProviderRequest{Spec: spec})
 			if err != nil {
@@ -173,7 +173,7 @@ func (a *app) newProviderRegister() *cobra.Command {
 		}),
 	}
 	pf.bind(cmd)
-	cmd.Flags().StringVar(&pf.kind, "type", "", "kv, http, messaging or external")
+	cmd.Flags().StringVar(&pf.kind, "type", "", "what it serves; this version serves kv")
 	wf.bind(cmd)
 	return cmd
 }
@@ -216,6 +216,10 @@ func (a *app) newProviderStart() *cobra.Command {
 		RunE: a.withClient(func(cmd *cobra.Command, c *client.Client, args []string) error {
 			resp, err := c.StartProvider(cmd.Context(), &pb.StartProviderRequest{ProviderId: args[0]})
 			if err != nil {
+				return err
+			}
+			// One that was to run already is not started anew.
+			if err := failedProvider(nil, resp.GetProvider()); err != nil && !wf.no {
 				return err
 			}
 			return a.settleProvider(cmd.Context(), c, resp, resp.GetProvider(), wf, "RUNNING")
@@ -290,6 +294,11 @@ func (a *app) settleProvider(ctx context.Context, c *client.Client, resp proto.M
 			latest = now
 			state := providerState(now.GetProvider())
 			fresh := now.GetProvider().GetSpecVersion() >= p.GetSpecVersion()
+			if fresh && want == "RUNNING" {
+				if err := failedProvider(p, now.GetProvider()); err != nil {
+					return false, "", err
+				}
+			}
 			return fresh && state == want, strings.TrimSpace(state + " " + oneLine(now.GetProvider().GetStatus().GetMessage())), nil
 		},
 	})
@@ -297,11 +306,28 @@ func (a *app) settleProvider(ctx context.Context, c *client.Client, resp proto.M
 		return apierror.From(err).Next("wasmatrix events --for provider/%s", p.GetId())
 	}
 	if err != nil {
+		s.end(0)
 		return err
 	}
 	s.done("%s %s on %s", p.GetId(), strings.ToLower(want), orDash(latest.GetProvider().GetPlacement().GetNodeId()))
 	s.end(a.elapsed())
 	return a.print(result{message: latest, names: []string{p.GetId()}, table: func(io.Writer) {}})
+}
+
+// failedProvider returns an error when a provider is FAILED and was not yet so,
+// at the same attempt, when it was seen before: waiting does not help then.
+func failedProvider(before, now *pb.Provider) error {
+	failed := func(p *pb.Provider) bool { return p.GetStatus().GetState() == pb.ProviderState_PROVIDER_STATE_FAILED }
+	if !failed(now) || failed(before) && proto.Equal(before.GetStatus(), now.GetStatus()) {
+		return nil
+	}
+	message := oneLine(now.GetStatus().GetMessage())
+	if message == "" {
+		message = "it did not say why"
+	}
+	return fail(exitFailed, verdict("provider %s failed: %s", now.GetId(), message).
+		With("node", orDash(now.GetPlacement().GetNodeId())).
+		Next("wasmatrix provider update %s with another --driver or --config; wasmatrix events --for provider/%s", now.GetId(), now.GetId()))
 }
 
 // confirm asks a question on a terminal. Without one it refuses: a script must

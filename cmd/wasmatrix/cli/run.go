@@ -122,6 +122,9 @@ func (a *app) specOf(cmd *cobra.Command, rf *runFlags, what string) (*pb.Workloa
 		}
 		spec.Stdin = raw
 	}
+	if err := checkRules(spec); err != nil {
+		return nil, err
+	}
 	if err := checkMeaning(spec); err != nil {
 		return nil, Usage(err)
 	}

@@ -109,7 +109,7 @@ func TestRunGivesUpAndSaysWhatItFound(t *testing.T) {
 	b := newBench(t)
 	b.fake.becomes = func(i *pb.Instance) { i.Status.State = pb.InstanceState_INSTANCE_STATE_PREPARING }
 	code, _, stderr := b.run("run", b.file("hello.wasm", wasm), "--wait-timeout", "150ms")
-	if code != 7 || !strings.Contains(stderr, "gave up waiting for hello to run after 0s\n  found  1 PREPARING\n") {
+	if code != 7 || !strings.Contains(stderr, "gave up waiting for hello to run after 150ms\n  found  1 PREPARING\n") {
 		t.Errorf("exit %d\n%s", code, stderr)
 	}
 }
@@ -150,7 +150,7 @@ capabilities:
 	}
 }
 
-func TestApplyStartsOnlyWhatIsMissing(t *testing.T) {
+func TestApplyStartsWhatDoesNotRunAndReplacesOnlyWhenAsked(t *testing.T) {
 	b := newBench(t)
 	b.file("hello.wasm", wasm)
 	manifest := func(replicas int, env string) string {
@@ -161,16 +161,20 @@ func TestApplyStartsOnlyWhatIsMissing(t *testing.T) {
 	if got := b.want("apply", "-f", manifest(2, "1")); got != "hello unchanged, 2 instances\n" {
 		t.Errorf("unchanged: %q", got)
 	}
-	b.want("apply", "-f", manifest(3, "1"))
-	after := idsOf(b.fake.instances)
-	if len(after) != 3 || !slices.Equal(after[:2], before) {
-		t.Errorf("one more replica: %v after %v", after, before)
-	}
-	for name, path := range map[string]string{"fewer replicas": manifest(1, "1")} {
-		code, _, stderr := b.run("apply", "-f", path)
-		if code != 4 || !strings.Contains(stderr, "3 instances run and the manifest wants 1\ntry:  wasmatrix apply --replace removes its 3 instances") {
-			t.Errorf("%s: exit %d\n%s", name, code, stderr)
+	for _, replicas := range []int{1, 3} {
+		code, _, stderr := b.run("apply", "-f", manifest(replicas, "1"))
+		want := fmt.Sprintf("2 of its instances run already and the manifest wants %d\ntry:  wasmatrix apply --replace, which removes its 2 instances", replicas)
+		if code != 4 || !strings.Contains(stderr, want) || !strings.Contains(stderr, "wasmatrix instance rm hello --force") {
+			t.Errorf("%d replicas: exit %d\n%s", replicas, code, stderr)
 		}
+		if now := idsOf(b.fake.instances); !slices.Equal(now, before) {
+			t.Errorf("%d replicas: %v after %v", replicas, now, before)
+		}
+	}
+	b.want("apply", "-f", manifest(3, "1"), "--replace")
+	after := idsOf(b.fake.instances)
+	if len(after) != 3 || slices.Contains(after, before[0]) {
+		t.Errorf("three replicas: %v after %v", after, before)
 	}
 	code, _, stderr := b.run("apply", "-f", manifest(3, "2"))
 	if code != 4 || !strings.Contains(stderr, "runs with another spec") {

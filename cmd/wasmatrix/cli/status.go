@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -65,7 +66,7 @@ func statusText(w io.Writer, s *pb.StatusResponse) {
 	fmt.Fprintf(w, "  providers  %s\n", orDash(tallyOf(intCounts(s.GetProviders()), providerStates())))
 	peerTable(w, s)
 	for _, p := range problems(s) {
-		fmt.Fprintf(w, "! %s\n", p)
+		fmt.Fprintf(w, "! %s\n", cleanLine(p))
 	}
 }
 
@@ -94,9 +95,14 @@ func providerStates() []string {
 	return out
 }
 
+// sortedPeers returns the peers by id, so that two looks are easily compared.
+func sortedPeers(s *pb.StatusResponse) []*pb.PeerStatus {
+	return slices.SortedFunc(slices.Values(s.GetPeers()), func(a, b *pb.PeerStatus) int { return strings.Compare(a.GetId(), b.GetId()) })
+}
+
 func peerTable(w io.Writer, s *pb.StatusResponse) {
 	t := table{head: []string{"PEER", "ROLE", "SEEN", "API", "RAFT", "MESSAGE"}}
-	for _, p := range s.GetPeers() {
+	for _, p := range sortedPeers(s) {
 		role := "follower"
 		switch {
 		case p.GetLeader():
@@ -122,7 +128,7 @@ func peerTable(w io.Writer, s *pb.StatusResponse) {
 func problems(s *pb.StatusResponse) []string {
 	var out []string
 	voters, seen := 0, 0
-	for _, p := range s.GetPeers() {
+	for _, p := range sortedPeers(s) {
 		alive := p.GetAlive() || p.GetSelf()
 		if p.GetVoter() {
 			voters++

@@ -24,7 +24,8 @@ in a state. KIND is instance, provider or node; without it instance is meant.
 States: instance ` + strings.Join(stateNames(), ", ") + `, GONE;
 provider PENDING … RUNNING, STOPPED, FAILED, GONE; node READY, LOST, DRAINED.
 
-It ends at once, with exit code 8, when an instance failed for good instead.`,
+It ends at once, with exit code 8, when an instance failed for good instead, or
+a provider that is to run failed.`,
 		Example: "  wasmatrix wait instance/hello --for RUNNING\n  wasmatrix wait node/n2 --for DRAINED --timeout 5m",
 		Args:    cobra.ExactArgs(1),
 		RunE: a.withClient(func(cmd *cobra.Command, c *client.Client, args []string) error {
@@ -71,7 +72,11 @@ func (a *app) waitState(ctx context.Context, c *client.Client, subject, state st
 		return usagef("unknown kind %q: want instance, provider or node", kind)
 	}
 	if known[prefix+state] == 0 && (state != gone || kind == "node") {
-		return usagef("a %s is never %q", kind, state)
+		article := "a"
+		if kind == "instance" {
+			article = "an"
+		}
+		return usagef("%s %s is never %q", article, kind, state)
 	}
 	s := a.steps()
 	if err := a.waitFor(ctx, c, s, w); err != nil {
@@ -113,6 +118,11 @@ func lookProvider(ctx context.Context, c *client.Client, name, state string) (bo
 	}
 	if err != nil {
 		return false, "", err
+	}
+	if state == "RUNNING" {
+		if err := failedProvider(nil, resp.GetProvider()); err != nil {
+			return false, "", err
+		}
 	}
 	found := providerState(resp.GetProvider())
 	return found == state, strings.TrimSpace(found + " " + oneLine(resp.GetProvider().GetStatus().GetMessage())), nil

@@ -19,6 +19,9 @@ import (
 // maxNodes bounds a development cluster: more peers than this only slow the quorum down.
 const maxNodes = 9
 
+// tailLines is how much of a node's log an error shows.
+const tailLines = 15
+
 // Cluster is a development cluster. Close it.
 type Cluster struct {
 	// ContextPath is the client context of a user who may do everything.
@@ -29,13 +32,18 @@ type Cluster struct {
 	nodes    []*Node
 	lifeline *os.File // writing end; nobody else holds it
 	reading  *os.File
+	lock     *os.File // holds the directory until all nodes have ended
 }
 
 // Create lays the cluster out in o.Dir, or opens what an earlier one left
-// there, and starts nothing.
+// there, and starts nothing. It holds the directory until Close; ErrInUse when
+// another cluster does.
 func Create(o Options) (*Cluster, error) {
 	if o.Nodes < 1 || o.Nodes > maxNodes {
 		return nil, fmt.Errorf("%d nodes: want 1 to %d", o.Nodes, maxNodes)
+	}
+	if last := o.MetricsPort + o.Nodes - 1; o.MetricsPort < 0 || last > 65535 {
+		return nil, fmt.Errorf("metrics ports %d to %d: want 1 to 65535, or --metrics-port 0 for none", o.MetricsPort, last)
 	}
 	if o.LogLevel == "" {
 		o.LogLevel = "info"
@@ -46,15 +54,20 @@ func Create(o Options) (*Cluster, error) {
 	if o.Providers == nil {
 		o.Providers = []node.ProviderConfig{{ID: "kv", Type: "kv", Driver: "bbolt"}}
 	}
-	l, err := openLayout(o.Dir)
+	// Before anything is written: another cluster's files are not to be touched.
+	lock, err := lockDir(o.Dir)
 	if err != nil {
 		return nil, err
+	}
+	l, err := openLayout(o.Dir)
+	if err != nil {
+		return nil, errors.Join(err, lock.Close())
 	}
 	reading, writing, err := os.Pipe()
 	if err != nil {
-		return nil, err
+		return nil, errors.Join(err, lock.Close())
 	}
-	c := &Cluster{opts: o, layout: l, lifeline: writing, reading: reading, ContextPath: filepath.Join(o.Dir, "context.yaml")}
+	c := &Cluster{opts: o, layout: l, lifeline: writing, reading: reading, lock: lock, ContextPath: filepath.Join(o.Dir, "context.yaml")}
 	for range o.Nodes {
 		if _, err := c.AddNode(); err != nil {
 			return nil, errors.Join(err, c.Close())
@@ -105,16 +118,32 @@ func (c *Cluster) SaveContext(path string) error {
 	return c.layout.writeContext(c.opts, c.Addresses(), path)
 }
 
-// CheckPorts reports the first port that something else holds already.
-func (c *Cluster) CheckPorts() error {
+// CheckPorts reports the first port that something else holds already, or that
+// two nodes would share.
+func (c *Cluster) CheckPorts() (err error) {
+	var held []net.Listener
+	defer func() {
+		for _, l := range held {
+			err = errors.Join(err, l.Close())
+		}
+	}()
+	hold := func(n *Node, address, advice string) error {
+		l, err := net.Listen("tcp", address)
+		if err != nil {
+			return fmt.Errorf("port %s of %s is taken (%w); stop what uses it, or %s", address, n.Name(), err, advice)
+		}
+		held = append(held, l)
+		return nil
+	}
 	for _, n := range c.nodes {
 		for offset := range node.PortCount {
 			address := net.JoinHostPort(n.Config.Bind.Address, strconv.Itoa(n.Config.Bind.PortBase+offset))
-			l, err := net.Listen("tcp", address)
-			if err != nil {
-				return fmt.Errorf("port %s of %s is taken (%w); stop what uses it, or choose another --port-base", address, n.Name(), err)
+			if err := hold(n, address, "choose another --port-base"); err != nil {
+				return err
 			}
-			if err := l.Close(); err != nil {
+		}
+		if address := n.Config.Telemetry.MetricsAddr; address != "off" {
+			if err := hold(n, address, "choose another --metrics-port; --metrics-port 0 turns the metrics port off"); err != nil {
 				return err
 			}
 		}
@@ -143,7 +172,7 @@ func (c *Cluster) Client() (*client.Client, error) {
 
 // WaitReady blocks until there is a leader, every started node has a lease and
 // every declared provider runs. A node that ends meanwhile is an error that
-// names its log.
+// shows the end of its log.
 func (c *Cluster) WaitReady(ctx context.Context, cl *client.Client) (*pb.StatusResponse, error) {
 	tick := time.NewTicker(25 * time.Millisecond)
 	defer tick.Stop()
@@ -157,7 +186,7 @@ func (c *Cluster) WaitReady(ctx context.Context, cl *client.Client) (*pb.StatusR
 		for _, n := range c.nodes {
 			select {
 			case <-n.Exited():
-				return nil, fmt.Errorf("%s ended while starting: %w; its log is %s", n.Name(), n.err, n.LogPath)
+				return nil, fmt.Errorf("%s ended while starting (%v); the end of its log %s:\n%s", n.Name(), n.cmd.ProcessState, n.LogPath, Tail(n.LogPath, tailLines))
 			default:
 			}
 		}
@@ -204,7 +233,7 @@ func (c *Cluster) Close() error {
 		wg.Go(func() { errs[i] = n.Stop(ctx) })
 	}
 	wg.Wait()
-	return errors.Join(append(errs, c.lifeline.Close(), c.reading.Close())...)
+	return errors.Join(append(errs, c.lifeline.Close(), c.reading.Close(), c.lock.Close())...)
 }
 
 // RemoveContext removes the client context at path if it is this cluster's.

@@ -7,6 +7,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -32,8 +34,7 @@ type Node struct {
 
 	mu     sync.Mutex
 	cmd    *exec.Cmd
-	exited chan struct{} // closed when cmd has been reaped; then err is set
-	err    error
+	exited chan struct{} // closed when cmd has been reaped; then its state is set
 }
 
 // Name returns the node's id.
@@ -58,16 +59,26 @@ func (n *Node) Start() error {
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.ExtraFiles = []*os.File{n.lifeline}
-	cmd.Env = append(os.Environ(), node.LifelineEnv(3))
+	cmd.Env = append(nodeEnv(os.Environ()), node.LifelineEnv(3))
 	if err := cmd.Start(); err != nil {
 		return fmt.Errorf("start %s: %w", n.Name(), err)
 	}
 	n.cmd, n.exited = cmd, make(chan struct{})
 	go func(exited chan struct{}) {
-		n.err = cmd.Wait()
+		_ = cmd.Wait() // its state says the same
 		close(exited)
 	}(n.exited)
 	return nil
+}
+
+// nodeEnv leaves out of an environment what would win over a node's
+// configuration file: those variables are the user's own, for another node or
+// for the client.
+func nodeEnv(env []string) []string {
+	return slices.DeleteFunc(slices.Clone(env), func(entry string) bool {
+		name, _, _ := strings.Cut(entry, "=")
+		return strings.HasPrefix(name, "WASMATRIX_") || name == "METRICS_ADDR" || name == "WASM_RUNTIME_BACKEND"
+	})
 }
 
 // running reports whether the peer process lives. The caller holds n.mu.
@@ -143,7 +154,8 @@ func (n *Node) Kill() error {
 }
 
 // Stop asks the node to shut down and waits; what does not end in time is
-// killed. An agent that a killed peer left behind is ended too.
+// killed. An agent that a killed peer left behind is ended too: the cluster holds
+// its directory, so that it is nobody else's.
 func (n *Node) Stop(ctx context.Context) error {
 	err := ignoreNotRunning(n.SignalPeer(syscall.SIGTERM))
 	if exited := n.Exited(); exited != nil {

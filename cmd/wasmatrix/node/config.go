@@ -1,6 +1,7 @@
 package node
 
 import (
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"net"
@@ -284,7 +285,28 @@ func (c *Config) Complete() error {
 	if l := c.Telemetry.Log.Level; l != "debug" && l != "info" && l != "warn" && l != "error" {
 		wrong("telemetry.log.level %q: want debug, info, warn or error", l)
 	}
+	if f := c.Telemetry.Log.Format; f != "text" && f != "json" {
+		wrong("telemetry.log.format %q: want text or json", f)
+	}
+	if _, err := c.Join.gossipKey(); err != nil {
+		wrong("join.gossip_key: %w", err)
+	}
 	return errors.Join(problems...)
+}
+
+// gossipKey decodes the key; nil when there is none. The error does not show it.
+func (j JoinConfig) gossipKey() ([]byte, error) {
+	if j.GossipKey == "" {
+		return nil, nil
+	}
+	key, err := base64.StdEncoding.DecodeString(j.GossipKey)
+	if err != nil {
+		return nil, fmt.Errorf("want base64: %w", err)
+	}
+	if n := len(key); n != 16 && n != 24 && n != 32 {
+		return nil, fmt.Errorf("it has %d bytes: want 16, 24 or 32, as from `openssl rand -base64 32`", n)
+	}
+	return key, nil
 }
 
 // derivedAPIPeers turns gossip addresses into API addresses by the offsets of

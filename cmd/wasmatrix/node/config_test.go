@@ -69,6 +69,9 @@ func TestBadConfigurationSaysWhatIsWrong(t *testing.T) {
 		{"bad environment", good, map[string]string{"WASMATRIX_PORT_BASE": "x"}, "WASMATRIX_PORT_BASE"},
 		{"runtime of another build", good, map[string]string{"WASM_RUNTIME_BACKEND": "microvm"}, "runtime.default"},
 		{"hasty timers", good + "raft: {heartbeat_timeout: 1ms}\n", nil, "heartbeat_timeout"},
+		{"bad log format", good + "telemetry: {log: {format: xml}}\n", nil, "telemetry.log.format"},
+		{"a gossip key that is no base64", "node: {name: n1}\ndata_dir: /d\njoin: {bootstrap_expect: 1, gossip_key: \"***\"}\n", nil, "join.gossip_key"},
+		{"a gossip key of a wrong length", "node: {name: n1}\ndata_dir: /d\njoin: {bootstrap_expect: 1, gossip_key: c2hvcnQ=}\n", nil, "5 bytes"},
 		{"bad level", good + "telemetry: {log: {level: loud}}\n", nil, "telemetry.log.level"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

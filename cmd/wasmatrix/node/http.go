@@ -17,6 +17,12 @@ import (
 	"github.com/prometheus/common/model"
 )
 
+// processLabel is on every series: which process of the node it is of.
+const processLabel = "process"
+
+// agentReadyWithin bounds how long the agent may take to say that it is ready.
+const agentReadyWithin = time.Second
+
 // check is one component of /readyz: nil means ready.
 type check func() error
 
@@ -89,6 +95,21 @@ func serveHTTP(ctx context.Context, l net.Listener, h http.Handler) error {
 	return nil
 }
 
+// agentReady asks the agent process beside a peer whether it is ready.
+func agentReady(client *http.Client, url string) check {
+	return func() error {
+		resp, err := client.Get(url)
+		if err != nil {
+			return fmt.Errorf("the agent does not answer: %w", err)
+		}
+		defer resp.Body.Close()
+		if resp.StatusCode != http.StatusOK {
+			return fmt.Errorf("the agent is not ready: %s?verbose says why", url)
+		}
+		return nil
+	}
+}
+
 // agentGatherer reads the metrics of the agent process beside a peer, so that
 // one address tells everything of the node.
 type agentGatherer struct {
@@ -110,16 +131,16 @@ func (g agentGatherer) Gather() ([]*dto.MetricFamily, error) {
 		return []*dto.MetricFamily{agentUp(0)}, fmt.Errorf("read the agent's metrics: %w", err)
 	}
 	out := []*dto.MetricFamily{agentUp(1)}
-	for name, f := range families {
-		// What describes a process as a whole would stand there twice.
-		if len(name) >= 10 && name[:10] == "wasmatrix_" {
-			out = append(out, f)
-		}
+	for _, f := range families {
+		out = append(out, f)
 	}
 	return out, nil
 }
 
 func agentUp(v float64) *dto.MetricFamily {
 	name, help, kind := "wasmatrix_agent_up", "Whether the agent process beside this peer answers.", dto.MetricType_GAUGE
-	return &dto.MetricFamily{Name: &name, Help: &help, Type: &kind, Metric: []*dto.Metric{{Gauge: &dto.Gauge{Value: &v}}}}
+	label, teller := processLabel, "peer"
+	return &dto.MetricFamily{Name: &name, Help: &help, Type: &kind, Metric: []*dto.Metric{{
+		Label: []*dto.LabelPair{{Name: &label, Value: &teller}}, Gauge: &dto.Gauge{Value: &v},
+	}}}
 }

@@ -2,13 +2,11 @@ package node
 
 import (
 	"context"
-	"encoding/base64"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net"
 	"net/http"
-	"path/filepath"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -30,6 +28,12 @@ import (
 	"github.com/wasmatrix/wasmatrix/rpc"
 )
 
+// ErrCertificate is returned when a node has no certificate that speaks for it.
+var ErrCertificate = errors.New("no usable certificate")
+
+// ErrPort is returned when a node cannot listen on one of its addresses.
+var ErrPort = errors.New("address not usable")
+
 // rpcGrace is how long calls under way may take when a server stops.
 const rpcGrace = 3 * time.Second
 
@@ -38,7 +42,8 @@ type peerProcess struct {
 	cfg      Config
 	log      *slog.Logger
 	id       *identity.Identity
-	registry *prometheus.Registry
+	registry *prometheus.Registry  // what is served
+	metrics  prometheus.Registerer // where the parts register; it tells this process's series from the agent's
 
 	peer       *cluster.Peer
 	control    *control.Service
@@ -51,7 +56,8 @@ type peerProcess struct {
 }
 
 func newPeerProcess(cfg Config, log *slog.Logger) (*peerProcess, error) {
-	p := &peerProcess{cfg: cfg, log: log.With("peer", cfg.Node.Name), registry: newRegistry()}
+	p := &peerProcess{cfg: cfg, log: log.With("peer", cfg.Node.Name)}
+	p.registry, p.metrics = newRegistry("peer")
 	var err error
 	if p.id, err = loadIdentity(cfg); err != nil {
 		return nil, err
@@ -69,9 +75,9 @@ func newPeerProcess(cfg Config, log *slog.Logger) (*peerProcess, error) {
 
 // newPeer makes the peer; the cluster package names it in its log itself.
 func (p *peerProcess) newPeer(log *slog.Logger) (err error) {
-	key, err := base64.StdEncoding.DecodeString(p.cfg.Join.GossipKey)
+	key, err := p.cfg.Join.gossipKey()
 	if err != nil {
-		return fmt.Errorf("join.gossip_key: want base64: %w", err)
+		return fmt.Errorf("join.gossip_key: %w", err)
 	}
 	deadPeerAfter := *p.cfg.Raft.DeadPeerAfter
 	if deadPeerAfter == 0 {
@@ -79,7 +85,7 @@ func (p *peerProcess) newPeer(log *slog.Logger) (err error) {
 	}
 	p.peer, err = cluster.New(cluster.Config{
 		ID: p.cfg.Node.Name, Cluster: p.cfg.Cluster, Version: Version,
-		DataDir:  filepath.Join(p.cfg.DataDir, "raft"),
+		DataDir:  p.cfg.DataDir,
 		RaftBind: p.cfg.bound(portRaft), RaftAdvertise: p.cfg.advertised(portRaft), APIAdvertise: p.cfg.APIAddress(),
 		Gossip: gossip.Config{
 			Bind: p.cfg.bound(portGossip), Advertise: p.cfg.GossipAddress(), Join: p.cfg.Join.Peers, Key: key, Logger: log,
@@ -87,7 +93,7 @@ func (p *peerProcess) newPeer(log *slog.Logger) (err error) {
 		BootstrapExpect: p.cfg.Join.BootstrapExpect,
 		Timers:          cluster.Timers{Heartbeat: p.cfg.Raft.HeartbeatTimeout, DeadPeerAfter: deadPeerAfter},
 		Snapshots:       cluster.Snapshots{Threshold: p.cfg.Raft.SnapshotThreshold},
-		Identity:        p.id, Logger: log, Registerer: p.registry,
+		Identity:        p.id, Logger: log, Registerer: p.metrics,
 	})
 	return err
 }
@@ -97,7 +103,7 @@ func (p *peerProcess) newServices() (err error) {
 		return err
 	}
 	p.replicator, err = modules.NewReplicator(modules.Config{
-		Self: p.cfg.Node.Name, Store: p.store, Registry: p.peer, Peers: p.peerRefs, Conn: p.conn, Logger: p.log, Metrics: p.registry,
+		Self: p.cfg.Node.Name, Store: p.store, Registry: p.peer, Peers: p.peerRefs, Conn: p.conn, Logger: p.log, Metrics: p.metrics,
 	})
 	if err != nil {
 		return err
@@ -110,11 +116,11 @@ func (p *peerProcess) newServices() (err error) {
 	if err != nil {
 		return err
 	}
-	scheduler, err := schedule.New(schedule.Config{Viewer: p.peer, Proposer: p.peer, Logger: p.log, Registerer: p.registry})
+	scheduler, err := schedule.New(schedule.Config{Viewer: p.peer, Proposer: p.peer, Logger: p.log, Registerer: p.metrics})
 	if err != nil {
 		return err
 	}
-	p.dispatcher, err = dispatch.New(dispatch.Config{Peer: p.peer, Logger: p.log, Registerer: p.registry})
+	p.dispatcher, err = dispatch.New(dispatch.Config{Peer: p.peer, Logger: p.log, Registerer: p.metrics})
 	if err != nil {
 		return err
 	}
@@ -123,7 +129,7 @@ func (p *peerProcess) newServices() (err error) {
 }
 
 func (p *peerProcess) newServer() {
-	opts := rpc.ServerOptions(rpc.ServerConfig{Identity: p.id, Logger: p.log, Registerer: p.registry})
+	opts := rpc.ServerOptions(rpc.ServerConfig{Identity: p.id, Logger: p.log, Registerer: p.metrics})
 	p.server = grpc.NewServer(append(opts, grpc.ChainUnaryInterceptor(p.peer.ForwardUnary()))...)
 	p.peer.Register(p.server)
 	p.control.Register(p.server)
@@ -177,7 +183,7 @@ func (p *peerProcess) Run(ctx context.Context, opened func()) (err error) {
 	g.Go(func() error {
 		return serveGRPC(ctx, p.server, api, func() { p.health.Shutdown(); p.control.Close() }, stopBelow)
 	})
-	handler := newHTTPHandler(p.gatherer(), map[string]check{"raft": p.ready})
+	handler := newHTTPHandler(p.gatherer(), p.checks())
 	for _, l := range httpListeners {
 		g.Go(func() error { return serveHTTP(ctx, l, handler) })
 	}
@@ -201,6 +207,14 @@ func (p *peerProcess) listenHTTP() ([]net.Listener, error) {
 	return []net.Listener{l, m}, nil
 }
 
+func (p *peerProcess) checks() map[string]check {
+	checks := map[string]check{"raft": p.ready}
+	if p.cfg.Node.Role == RoleBoth {
+		checks["agent"] = agentReady(&http.Client{Timeout: agentReadyWithin}, "http://"+p.cfg.AgentHTTPAddress()+"/readyz")
+	}
+	return checks
+}
+
 // ready says whether this peer takes part in a cluster that has a leader.
 func (p *peerProcess) ready() error {
 	if id, _ := p.peer.Leader(); id == "" {
@@ -220,23 +234,36 @@ func (p *peerProcess) gatherer() prometheus.Gatherer {
 	}}
 }
 
-func newRegistry() *prometheus.Registry {
+// newRegistry returns a registry with what describes the process as a whole,
+// and the registerer to use: it adds the label "process", by which the series of
+// peer and agent differ where one address serves both.
+func newRegistry(process string) (*prometheus.Registry, prometheus.Registerer) {
 	r := prometheus.NewRegistry()
-	r.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
-	return r
+	labelled := prometheus.WrapRegistererWith(prometheus.Labels{processLabel: process}, r)
+	labelled.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	return r, labelled
 }
 
 // loadIdentity loads the node's certificate and checks that it speaks for this node.
 func loadIdentity(cfg Config) (*identity.Identity, error) {
 	id, err := identity.Load(cfg.TLS.Dir)
 	if err != nil {
-		return nil, fmt.Errorf("load the node's certificate: %w", err)
+		return nil, fmt.Errorf("%w for this node (tls.dir): %w; issue one with `wasmatrix cluster ca issue --node %s --role %s --out %s`",
+			ErrCertificate, err, cfg.Node.Name, certificateRole(cfg.Node.Role), cfg.TLS.Dir)
 	}
 	if s := id.Self(); s.Kind != identity.Node || s.Name != cfg.Node.Name || s.Cluster != cfg.Cluster {
-		return nil, fmt.Errorf("the certificate in %s speaks for %s, and this is node %q of cluster %q: name them alike or issue another certificate",
-			cfg.TLS.Dir, s, cfg.Node.Name, cfg.Cluster)
+		return nil, fmt.Errorf("%w: that in %s speaks for %s, and this is node %q of cluster %q: name them alike or issue another certificate",
+			ErrCertificate, cfg.TLS.Dir, s, cfg.Node.Name, cfg.Cluster)
 	}
 	return id, nil
+}
+
+// certificateRole is the role in the certificate of a node of that role.
+func certificateRole(role string) string {
+	if role == RoleStandalone {
+		return RoleWorker
+	}
+	return role
 }
 
 func anyNode(s identity.Subject) bool { return s.Kind == identity.Node }
@@ -244,7 +271,7 @@ func anyNode(s identity.Subject) bool { return s.Kind == identity.Node }
 func listen(address, what string) (net.Listener, error) {
 	l, err := net.Listen("tcp", address)
 	if err != nil {
-		return nil, fmt.Errorf("listen for %s: %w; is a node running on these ports already? See bind.port_base", what, err)
+		return nil, fmt.Errorf("listen for %s: %w: %w; is a node running on these ports already? See bind.port_base", what, ErrPort, err)
 	}
 	return l, nil
 }

@@ -36,7 +36,8 @@ type agentProcess struct {
 	cfg      Config
 	log      *slog.Logger
 	id       *identity.Identity
-	registry *prometheus.Registry
+	registry *prometheus.Registry  // what is served
+	metrics  prometheus.Registerer // where the parts register
 
 	agent   *agent.Agent
 	runtime runtime.Runtime
@@ -46,7 +47,8 @@ type agentProcess struct {
 }
 
 func newAgentProcess(ctx context.Context, cfg Config, log *slog.Logger) (_ *agentProcess, err error) {
-	a := &agentProcess{cfg: cfg, log: log.With("node", cfg.Node.Name, "process", "agent"), registry: newRegistry()}
+	a := &agentProcess{cfg: cfg, log: log.With("node", cfg.Node.Name, "process", "agent")}
+	a.registry, a.metrics = newRegistry("agent")
 	if a.id, err = loadIdentity(cfg); err != nil {
 		return nil, err
 	}
@@ -57,7 +59,7 @@ func newAgentProcess(ctx context.Context, cfg Config, log *slog.Logger) (_ *agen
 	dir := filepath.Join(cfg.DataDir, "agent")
 	a.runtime, err = wasm.New(ctx, wasm.Config{
 		CacheDir: filepath.Join(dir, "compiled"), CompileCommand: []string{self, "internal", "compile"},
-		Logger: a.log, Registerer: a.registry,
+		Logger: a.log, Registerer: a.metrics,
 	})
 	if err != nil {
 		return nil, err
@@ -76,12 +78,12 @@ func newAgentProcess(ctx context.Context, cfg Config, log *slog.Logger) (_ *agen
 		Runtimes: map[string]runtime.Runtime{a.runtime.Name(): a.runtime}, DefaultRuntime: cfg.Runtime.Default,
 		Kinds:  providerKinds(),
 		Conn:   func(address string) (grpc.ClientConnInterface, error) { return a.pool.Conn(address) },
-		Logger: a.log, Registerer: a.registry,
+		Logger: a.log, Registerer: a.metrics,
 	})
 	if err != nil {
 		return nil, errors.Join(err, a.runtime.Close(ctx))
 	}
-	a.server = grpc.NewServer(rpc.ServerOptions(rpc.ServerConfig{Identity: a.id, Logger: a.log, Registerer: a.registry})...)
+	a.server = grpc.NewServer(rpc.ServerOptions(rpc.ServerConfig{Identity: a.id, Logger: a.log, Registerer: a.metrics})...)
 	a.agent.Register(a.server)
 	a.health = health.NewServer()
 	rpc.RegisterHealthAndReflection(a.server, a.health)
