@@ -37,7 +37,7 @@ func (f *failures) gaveUp(ctx context.Context, elapsed time.Duration) error {
 	if errors.Is(ctx.Err(), context.Canceled) {
 		return ctx.Err()
 	}
-	within := elapsed.Round(10 * time.Millisecond).String()
+	within := max(elapsed, 10*time.Millisecond).Round(10 * time.Millisecond).String()
 	if f.noLeader != nil {
 		out := apierror.FromProto(f.noLeader.Proto(ctx)).With("gave up after", within)
 		for address, err := range f.byAddress {

@@ -68,7 +68,7 @@ func (t *tx) checkWorkload(c *pb.CreateInstancesCommand) *refusal {
 				with("name", spec.GetName()).
 				with("instance", in.GetId()).
 				with("state", in.GetStatus().GetState().String()).
-				next("wasmatrix instance rm %s, or choose another name with --name", spec.GetName())
+				next("wasmatrix instance rm %s --force, or choose another name with --name", spec.GetName())
 		}
 	}
 	seen := make(map[string]bool, len(ids))
