@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -29,7 +30,7 @@ func start(t *testing.T, cfg Config, meta *pb.PeerMetadata) *testMember {
 	if cfg.Bind == "" {
 		cfg.Bind = "127.0.0.1:0"
 	}
-	cfg.Logger = slog.New(slog.NewTextHandler(testWriter{t}, &slog.HandlerOptions{Level: slog.LevelInfo}))
+	cfg.Logger = slog.New(slog.NewTextHandler(newTestWriter(t), &slog.HandlerOptions{Level: slog.LevelInfo}))
 	g, err := New(cfg, meta)
 	if err != nil {
 		t.Fatal(err)
@@ -51,10 +52,28 @@ func start(t *testing.T, cfg Config, meta *pb.PeerMetadata) *testMember {
 	return m
 }
 
-type testWriter struct{ t *testing.T }
+// testWriter logs to a test until it ends: goroutines of memberlist outlive it.
+type testWriter struct {
+	mu sync.Mutex
+	t  *testing.T
+}
 
-func (w testWriter) Write(b []byte) (int, error) {
-	w.t.Logf("%s", strings.TrimSpace(string(b)))
+func newTestWriter(t *testing.T) *testWriter {
+	w := &testWriter{t: t}
+	t.Cleanup(func() {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		w.t = nil
+	})
+	return w
+}
+
+func (w *testWriter) Write(b []byte) (int, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.t != nil {
+		w.t.Logf("%s", strings.TrimSpace(string(b)))
+	}
 	return len(b), nil
 }
 
@@ -99,6 +118,12 @@ func expectEvent(t *testing.T, g *Gossip, kind EventKind, id string) Member {
 	}
 }
 
+// knowEachOther waits until n2 knows n1 as n1 knows n2: it can say farewell only then.
+func knowEachOther(t *testing.T, n2 *testMember) {
+	t.Helper()
+	eventually(t, "n2 knows n1", func() bool { return alive(n2.Gossip) == "n1 n2" })
+}
+
 func TestMembersFindEachOtherThroughOneAddress(t *testing.T) {
 	key := []byte(strings.Repeat("k", 32))
 	a := start(t, Config{Key: key}, metadata("n1"))
@@ -134,6 +159,7 @@ func TestMemberThatComesBackElsewhereIsFoundAgain(t *testing.T) {
 	a := start(t, Config{}, metadata("n1"))
 	b := start(t, Config{Join: []string{a.Address()}}, metadata("n2"))
 	expectEvent(t, a.Gossip, Joined, "n2")
+	knowEachOther(t, b)
 	old := b.Address()
 	b.stop()
 	expectEvent(t, a.Gossip, Left, "n2")
@@ -154,6 +180,7 @@ func TestLostMembersAreTriedAgain(t *testing.T) {
 	a := start(t, Config{Rejoin: 100 * time.Millisecond}, metadata("n1"))
 	b := start(t, Config{Join: []string{a.Address()}}, metadata("n2"))
 	expectEvent(t, a.Gossip, Joined, "n2")
+	knowEachOther(t, b)
 	address := b.Address()
 	b.stop()
 	expectEvent(t, a.Gossip, Left, "n2")
