@@ -15,6 +15,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/wasmatrix/wasmatrix/client"
@@ -33,7 +34,7 @@ func start() int {
 	flag.IntVar(&b.starts, "starts", 100, "how many instance starts to time")
 	flag.DurationVar(&b.span, "span", 5*time.Second, "how long each throughput is measured")
 	flag.Parse()
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	if err := b.run(ctx); err != nil {
 		fmt.Fprintln(os.Stderr, "bench failed:", err)
