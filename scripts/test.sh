@@ -22,6 +22,11 @@ make --no-print-directory lint
 step "unit tests with the race detector"
 make --no-print-directory race
 
+# The specification's tests with and without metering, real Go guests and the
+# isolation of compilation take minutes under the race detector and are skipped there.
+step "unit tests of the runtime without the race detector"
+go test -count=1 ./runtime/wasm/...
+
 step "guest SDK"
 (cd guest/go && go vet ./... && go test ./...)
 
