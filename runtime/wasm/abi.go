@@ -55,6 +55,8 @@ type shape struct {
 	handlers   []runtime.Handler
 	initialize bool
 	drain      bool
+	// start is true for a module with a start function, which runs when it is instantiated.
+	start bool
 	// memory is the size in bytes that its memory starts with.
 	memory uint64
 }
@@ -65,7 +67,7 @@ func inspect(m *module.Module, wasi map[string]module.FuncType) (shape, error) {
 	if err := checkImports(m.Imports(), wasi); err != nil {
 		return shape{}, err
 	}
-	s := shape{memory: m.MemoryBytes()}
+	s := shape{memory: m.MemoryBytes(), start: m.HasStart()}
 	for _, h := range handlers {
 		if e, ok := m.Export(string(h), module.Function); ok {
 			if err := wantType(e, typeHandler); err != nil {

@@ -36,6 +36,8 @@ type instance struct {
 	host    runtime.Host
 	limit   uint64
 	logger  *slog.Logger
+	// args and env are what the guest reads of spec through WASI.
+	args, env wasiStrings
 
 	// tokens bounds the slots in use; closing is closed when no new call may
 	// begin, dying when calls are cut off, done when the last is out.
@@ -100,7 +102,7 @@ func (i *instance) Start(ctx context.Context) error {
 	s.out++
 	s.mu.Unlock()
 	i.tokens <- struct{}{}
-	slot := newSlot(i)
+	slot := i.runtime.loader.slotFor(i)
 	if i.unit.shape.command {
 		go i.runCommand(ctx, slot)
 		return nil
@@ -110,6 +112,7 @@ func (i *instance) Start(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("starting %s: %w", i.spec.InstanceID, err)
 	}
+	i.runtime.loader.keepSpare(i.entry, i.limit)
 	return nil
 }
 
@@ -119,6 +122,7 @@ func (i *instance) runCommand(ctx context.Context, s *slot) {
 		if err := s.instantiate(ctx); err != nil {
 			return err
 		}
+		i.runtime.loader.keepSpare(i.entry, i.limit)
 		return s.run(ctx, exportStart)
 	})
 	if err == nil {
@@ -233,7 +237,7 @@ func (i *instance) invoke(ctx context.Context, handler runtime.Handler, payload 
 		return nil, err
 	}
 	defer i.checkin(s)
-	if s.module == nil {
+	if !s.ready {
 		// Making a slot ready has its own time and is not the caller's fault.
 		if err := i.guarded(context.WithoutCancel(ctx), s, s.initialize); err != nil {
 			return nil, err
@@ -280,7 +284,7 @@ func (i *instance) checkout(ctx context.Context) (*slot, error) {
 		st.idle = st.idle[:n-1]
 		return s, nil
 	}
-	return newSlot(i), nil
+	return i.runtime.loader.slotFor(i), nil
 }
 
 // checkin gives a slot back, or frees it when the instance has ended.

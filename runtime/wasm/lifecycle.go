@@ -191,7 +191,7 @@ func (i *instance) untakeIdle(s *slot) {
 // drainSlot runs the drain handler in a slot and returns how it failed, if it did.
 // The instance is stopped, whatever the handler does.
 func (i *instance) drainSlot(ctx context.Context, s *slot) string {
-	if s.module == nil {
+	if !s.ready {
 		return ""
 	}
 	deadline, _ := ctx.Deadline()

@@ -60,6 +60,15 @@ func (m *linearMemory) Reallocate(size uint64) []byte {
 	return m.region[:size:size]
 }
 
+// move charges the memory to another account from now on.
+func (m *linearMemory) move(to *account) {
+	if m.account != to {
+		m.account.add(-int64(m.size))
+		m.account = to
+		m.account.add(int64(m.size))
+	}
+}
+
 // Free gives the memory back. Nothing may use it afterwards.
 func (m *linearMemory) Free() {
 	m.account.add(-int64(m.size))

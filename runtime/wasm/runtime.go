@@ -76,6 +76,10 @@ func (r *Runtime) Prepare(ctx context.Context, spec runtime.Spec, host runtime.H
 		return nil, errors.New("preparing an instance: host, stdout and stderr are required")
 	}
 	spec.Concurrency = max(spec.Concurrency, 1)
+	args, env, err := stringsOf(spec)
+	if err != nil {
+		return nil, fmt.Errorf("preparing %s: %w: %w", spec.InstanceID, runtime.ErrModuleInvalid, err)
+	}
 	limit := min(spec.MemoryBytes, maxMemoryBytes) / pageBytes * pageBytes
 	e, err := r.loader.acquire(ctx, spec.Digest, spec.ModulePath)
 	if err != nil {
@@ -86,7 +90,9 @@ func (r *Runtime) Prepare(ctx context.Context, spec runtime.Spec, host runtime.H
 		return nil, fmt.Errorf("preparing %s: %w: the module starts with %s of memory and the instance's limit is %s; raise the limit or link the module with less",
 			spec.InstanceID, runtime.ErrModuleInvalid, bytesText(need), bytesText(limit))
 	}
-	return newInstance(r, e, spec, host, limit), nil
+	i := newInstance(r, e, spec, host, limit)
+	i.args, i.env = args, env
+	return i, nil
 }
 
 // Close frees all modules. Instances that are still open keep theirs until they

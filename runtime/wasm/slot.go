@@ -35,9 +35,13 @@ var errTimeLimit = errors.New("time limit")
 // slot is one wasm instance; it handles one call at a time, and all its fields
 // belong to the goroutine of that call.
 type slot struct {
+	unit *unit
+	// instance is nil in a spare slot.
 	instance *instance
 	module   api.Module
 	memory   linearMemory
+	// ready is set when a reactor takes calls.
+	ready    bool
 	alloc    api.Function
 	handlers map[runtime.Handler]api.Function
 
@@ -64,14 +68,6 @@ type call struct {
 	host     context.Context //nolint:containedctx // see above
 	hostDone <-chan struct{}
 	cut      func()
-}
-
-func newSlot(i *instance) *slot {
-	return &slot{
-		instance: i,
-		memory:   linearMemory{account: &i.memory, limit: i.limit},
-		handlers: map[runtime.Handler]api.Function{},
-	}
 }
 
 // callContext brings the slot to the functions that the guest imports. wazero
@@ -157,13 +153,15 @@ func (s *slot) hostContext() context.Context {
 	return ctx
 }
 
-// instantiate creates the wasm instance. The start function of the module, if it
-// has one, runs here.
+// instantiate creates the wasm instance, unless the slot was a spare one. The start
+// function of the module, if it has one, runs here.
 func (s *slot) instantiate(ctx context.Context) error {
-	u := s.instance.unit
+	if s.module != nil {
+		return nil
+	}
 	// The allocator has to be found in the context, and the slot as its type.
 	inner := &callContext{Context: experimental.WithMemoryAllocator(ctx, &s.memory), slot: s}
-	mod, err := u.runtime.InstantiateModule(inner, u.compiled, s.moduleConfig())
+	mod, err := s.unit.runtime.InstantiateModule(inner, s.unit.compiled, s.moduleConfig())
 	if err != nil {
 		return fmt.Errorf("%w: %w", errInstantiate, err)
 	}
@@ -176,12 +174,14 @@ func (s *slot) initialize(ctx context.Context) error {
 	if err := s.instantiate(ctx); err != nil {
 		return err
 	}
-	if s.instance.unit.shape.initialize {
+	if s.unit.shape.initialize {
 		if err := s.run(ctx, exportInitialize); err != nil {
 			return err
 		}
 	}
 	s.alloc = s.module.ExportedFunction(exportAlloc)
+	s.handlers = map[runtime.Handler]api.Function{}
+	s.ready = true
 	return nil
 }
 
@@ -236,5 +236,5 @@ func (s *slot) close() {
 	}
 	// Closing frees memory only and does not fail.
 	_ = s.module.Close(context.Background()) //nolint:forbidigo // nothing here waits for a context
-	s.module = nil
+	s.module, s.ready = nil, false
 }

@@ -28,6 +28,7 @@ type unit struct {
 	runtime  wazero.Runtime
 	compiled wazero.CompiledModule
 	cache    wazero.CompilationCache
+	spare    spare
 }
 
 // newUnit loads a metered module. With dir, it takes the compiled code from there
@@ -64,6 +65,7 @@ var errRejected = errors.New("the module does not validate")
 
 func (u *unit) close(ctx context.Context) error {
 	var errs []error
+	u.spare.close()
 	if u.runtime != nil {
 		errs = append(errs, u.runtime.Close(ctx))
 	}

@@ -6,14 +6,14 @@ import (
 	"crypto/rand"
 	"encoding/binary"
 	"io"
-	"maps"
-	"slices"
 	"time"
 
 	"github.com/tetratelabs/wazero"
 	"github.com/tetratelabs/wazero/api"
 	"github.com/tetratelabs/wazero/imports/wasi_snapshot_preview1"
 	"github.com/tetratelabs/wazero/sys"
+
+	"github.com/wasmatrix/wasmatrix/runtime"
 )
 
 // buildWASI adds WASI preview 1. poll_oneoff is ours: wazero's sleeps without
@@ -21,6 +21,7 @@ import (
 func buildWASI(r wazero.Runtime) wazero.HostModuleBuilder {
 	b := r.NewHostModuleBuilder(moduleWASI)
 	wasi_snapshot_preview1.NewFunctionExporter().ExportFunctions(b)
+	exportStrings(b)
 	i32 := api.ValueTypeI32
 	b.NewFunctionBuilder().
 		WithGoModuleFunction(api.GoModuleFunc(pollOneoff), []api.ValueType{i32, i32, i32, i32}, []api.ValueType{i32}).
@@ -28,25 +29,37 @@ func buildWASI(r wazero.Runtime) wazero.HostModuleBuilder {
 	return b
 }
 
-// moduleConfig is what a slot sees of the world through WASI: arguments,
-// environment, standard streams, clocks and random numbers; no file, no socket.
+// moduleConfig is what a slot sees of the world through WASI: standard streams,
+// clocks and random numbers, each of the instance that the slot belongs to when
+// the guest asks; no file, no socket. For arguments and environment see exportStrings.
 func (s *slot) moduleConfig() wazero.ModuleConfig {
-	spec := &s.instance.spec
-	c := wazero.NewModuleConfig().
+	return wazero.NewModuleConfig().
 		WithName("").
 		WithStartFunctions().
-		WithArgs(append([]string{spec.Name}, spec.Args...)...).
-		WithStdin(bytes.NewReader(spec.Stdin)).
-		WithStdout(&guestWriter{slot: s, to: spec.Stdout}).
-		WithStderr(&guestWriter{slot: s, to: spec.Stderr}).
+		WithStdin(&guestReader{slot: s}).
+		WithStdout(&guestWriter{slot: s, to: func(spec *runtime.Spec) io.Writer { return spec.Stdout }}).
+		WithStderr(&guestWriter{slot: s, to: func(spec *runtime.Spec) io.Writer { return spec.Stderr }}).
 		WithRandSource(guestRandom{s}).
 		WithWalltime(walltime, sys.ClockResolution(time.Microsecond)).
-		WithNanotime(s.instance.nanotime, 1).
+		WithNanotime(func() int64 { return s.instance.nanotime() }, 1).
 		WithNanosleep(func(ns int64) { s.sleep(time.Duration(ns)) })
-	for _, key := range slices.Sorted(maps.Keys(spec.Env)) {
-		c = c.WithEnv(key, spec.Env[key])
+}
+
+// guestReader is a guest's standard input; each slot reads it from its beginning.
+type guestReader struct {
+	slot *slot
+	at   int
+}
+
+// Read copies what comes next.
+func (r *guestReader) Read(p []byte) (int, error) {
+	rest := r.slot.instance.spec.Stdin[r.at:]
+	if len(rest) == 0 {
+		return 0, io.EOF
 	}
-	return c
+	n := copy(p, rest)
+	r.at += n
+	return n, nil
 }
 
 func walltime() (sec int64, nsec int32) {
@@ -58,7 +71,7 @@ func walltime() (sec int64, nsec int32) {
 // number of writes of all of its memory, so each write can be interrupted.
 type guestWriter struct {
 	slot *slot
-	to   io.Writer
+	to   func(*runtime.Spec) io.Writer
 }
 
 // Write hands on what the guest writes; the slots of an instance take turns.
@@ -66,9 +79,10 @@ func (w *guestWriter) Write(p []byte) (int, error) {
 	w.slot.interruptible()
 	w.slot.instance.output.Lock()
 	defer w.slot.instance.output.Unlock()
+	to := w.to(&w.slot.instance.spec)
 	for rest := p; len(rest) > 0; {
 		part := rest[:min(len(rest), 1<<20)]
-		if _, err := w.to.Write(part); err != nil {
+		if _, err := to.Write(part); err != nil {
 			// A guest is not told about trouble with its log.
 			break
 		}
