@@ -52,6 +52,8 @@ type Config struct {
 	Registerer prometheus.Registerer
 	// Seams replaces parts, for tests and simulations.
 	Seams Seams
+
+	commitTimeout time.Duration
 }
 
 // Timers are the time limits of a peer.
@@ -135,6 +137,7 @@ func (c Config) withDefaults() Config {
 	if c.Gossip.Logger == nil {
 		c.Gossip.Logger = c.Logger
 	}
+	set(&c.commitTimeout, commitTimeout)
 	if c.Seams.Now == nil {
 		c.Seams.Now = time.Now
 	}
@@ -192,11 +195,10 @@ func (c Config) alone() bool {
 	return !slices.ContainsFunc(c.Gossip.Join, func(a string) bool { return a != self })
 }
 
-// commitNews is how long an idle leader waits before it tells a follower what has
-// been committed since it last heard: what a client reads or watches at a follower
-// is up to twice this behind. An idle leader sends each follower about 65 small
-// messages a second for it.
-const commitNews = 10 * time.Millisecond
+// commitTimeout is how long an idle leader waits before Raft itself tells a
+// follower what has been committed. The herald has told it before, so this only
+// covers what was lost on the way and what is not applied.
+const commitTimeout = 50 * time.Millisecond
 
 // raftConfig is how hashicorp/raft shall work.
 func (c Config) raftConfig() *raft.Config {
@@ -205,7 +207,7 @@ func (c Config) raftConfig() *raft.Config {
 	out.HeartbeatTimeout = c.Timers.Heartbeat
 	out.ElectionTimeout = c.Timers.Heartbeat
 	out.LeaderLeaseTimeout = c.Timers.Heartbeat
-	out.CommitTimeout = commitNews
+	out.CommitTimeout = c.commitTimeout
 	out.MaxAppendEntries = maxAppendEntries
 	out.BatchApplyCh = true
 	// The peer notices its removal itself and stops in its own order.

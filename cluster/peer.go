@@ -156,7 +156,9 @@ func (p *Peer) Run(ctx context.Context) (err error) {
 type node struct {
 	raft    *raft.Raft
 	guard   *guard
+	herald  *herald
 	storage *storage
+	logs    *parallelLogs
 	// settle says that the peer must bootstrap or join before it votes.
 	settle bool
 }
@@ -203,11 +205,14 @@ func (p *Peer) open() (_ *node, err error) {
 	if err := p.openMembers(string(n.guard.LocalAddr()), history); err != nil {
 		return nil, err
 	}
-	logs, err := raft.NewLogCache(logCacheEntries, n.storage.logs)
+	n.logs = newParallelLogs(n.storage.logs, p.leadsOthers, p.fail)
+	n.guard.synced = n.logs.synced
+	n.herald = newHerald(n.guard, p.commitIndex, p.lastIndex)
+	logs, err := raft.NewLogCache(logCacheEntries, n.logs)
 	if err != nil {
 		return nil, fmt.Errorf("cache the raft log: %w", err)
 	}
-	n.raft, err = raft.NewRaft(p.cfg.raftConfig(), fsm.NewRaftFSM(p.state, p.fail), logs, n.storage.stable, n.storage.snapshots, n.guard)
+	n.raft, err = raft.NewRaft(p.cfg.raftConfig(), fsm.NewRaftFSM(p.state, p.fail), logs, n.storage.stable, n.storage.snapshots, n.herald)
 	if err != nil {
 		return nil, fmt.Errorf("start raft: %w", err)
 	}
@@ -265,6 +270,7 @@ func (p *Peer) serve(ctx, base context.Context, n *node) error {
 		}
 	})
 	group.Go(func() error { p.observe(gctx, n.raft); return nil })
+	group.Go(func() error { n.herald.run(gctx, p.appliedNext); return nil })
 	group.Go(func() error { p.lead(gctx, n); return nil })
 	group.Go(func() error { p.runReads(gctx); return nil })
 	group.Go(func() error { return p.settle(gctx, n) })
@@ -299,8 +305,32 @@ func (p *Peer) stop(ctx context.Context, n *node) error {
 	if err := p.flights.await(limit, n.raft.Shutdown()); err != nil {
 		return errors.Join(errHanging, n.guard.Close())
 	}
+	if err := p.flights.await(limit, futureFunc(n.logs.synced)); err != nil {
+		return errors.Join(errHanging, err, n.guard.Close())
+	}
 	return n.storage.close()
 }
+
+// futureFunc is a function that blocks, as what hashicorp/raft calls a future.
+type futureFunc func() error
+
+// Error waits.
+func (f futureFunc) Error() error { return f() }
+
+// leadsOthers reports whether this peer leads and another one votes.
+func (p *Peer) leadsOthers() bool {
+	r := p.raft.Load()
+	return r != nil && r.State() == raft.Leader && slices.ContainsFunc(p.servers(), func(s raft.Server) bool {
+		return s.Suffrage == raft.Voter && string(s.ID) != p.cfg.ID
+	})
+}
+
+func (p *Peer) commitIndex() uint64 { return p.raft.Load().CommitIndex() }
+
+func (p *Peer) lastIndex() uint64 { return p.raft.Load().LastIndex() }
+
+// appliedNext returns a channel that is closed when something more has been applied.
+func (p *Peer) appliedNext() <-chan struct{} { return p.state.Changed(p.state.View().Index()) }
 
 // runGossip takes part in the gossip and wakes whoever waits for its news.
 func (p *Peer) runGossip(ctx context.Context) error {

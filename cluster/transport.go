@@ -30,6 +30,9 @@ type guard struct {
 	consumer chan raft.RPC
 	mayVote  *atomic.Bool
 	seals    atomic.Int32
+	// synced waits until this peer has on disk all entries that it has counted,
+	// sent or acknowledged; see parallelLogs. Set it before Raft starts.
+	synced func() error
 }
 
 var (
@@ -42,7 +45,7 @@ func newGuard(inner raft.Transport, mayVote *atomic.Bool) (*guard, error) {
 	if !ok {
 		return nil, fmt.Errorf("%w: the raft transport cannot ask for pre-votes", ErrConfig)
 	}
-	return &guard{Transport: inner, preVote: preVote, consumer: make(chan raft.RPC), mayVote: mayVote}, nil
+	return &guard{Transport: inner, preVote: preVote, consumer: make(chan raft.RPC), mayVote: mayVote, synced: func() error { return nil }}, nil
 }
 
 // run passes incoming messages to Raft until ctx ends.
@@ -59,10 +62,31 @@ func (g *guard) run(ctx context.Context) {
 			select {
 			case <-ctx.Done():
 				return
-			case g.consumer <- rpc:
+			case g.consumer <- g.held(ctx, rpc):
 			}
 		}
 	}
+}
+
+// held makes the answer to entries wait until they are on disk. Those that a
+// deposed leader has from its own time may not be yet, and Raft acknowledges them.
+func (g *guard) held(ctx context.Context, rpc raft.RPC) raft.RPC {
+	if _, entries := rpc.Command.(*raft.AppendEntriesRequest); !entries {
+		return rpc
+	}
+	answer, answers := rpc.RespChan, make(chan raft.RPCResponse, 1)
+	rpc.RespChan = answers
+	go func() {
+		select {
+		case <-ctx.Done():
+		case a := <-answers:
+			if err := g.synced(); err != nil {
+				a.Error = err
+			}
+			answer <- a
+		}
+	}()
+	return rpc
 }
 
 func (g *guard) refuses(command any) bool {
@@ -95,13 +119,19 @@ func (g *guard) AppendEntriesPipeline(raft.ServerID, raft.ServerAddress) (raft.A
 }
 
 // AppendEntries sends entries, or a heartbeat. While the disk hangs it sends
-// nothing, and what was answered meanwhile does not count either.
+// nothing, and what was answered meanwhile does not count either. The answer to
+// entries counts once this peer has them on disk itself.
 func (g *guard) AppendEntries(id raft.ServerID, target raft.ServerAddress, args *raft.AppendEntriesRequest, resp *raft.AppendEntriesResponse) error {
 	if err := g.check(); err != nil {
 		return err
 	}
 	if err := g.Transport.AppendEntries(id, target, args, resp); err != nil {
 		return err
+	}
+	if len(args.Entries) > 0 {
+		if err := g.synced(); err != nil {
+			return err
+		}
 	}
 	return g.check()
 }
