@@ -252,7 +252,7 @@ func (s *streams) Dial(address raft.ServerAddress, timeout time.Duration) (net.C
 }
 
 func (s *streams) dial(id, address string, timeout time.Duration) (net.Conn, error) {
-	conn, err := s.StreamLayer.Dial(raft.ServerAddress(address), timeout)
+	conn, err := s.StreamLayer.Dial(address, timeout)
 	if err != nil {
 		return nil, err
 	}

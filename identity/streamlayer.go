@@ -6,23 +6,19 @@ import (
 	"net"
 	"sync"
 	"time"
-
-	"github.com/hashicorp/raft"
 )
 
 // handshakeTimeout bounds the TLS handshake of a connection to the Raft port.
 const handshakeTimeout = 5 * time.Second
 
 // StreamLayer carries Raft over mutual TLS between control-plane peers, on a
-// port of its own. It implements raft.StreamLayer.
+// port of its own.
 type StreamLayer struct {
 	listener  net.Listener
 	advertise net.Addr
 	server    *tls.Config
 	client    *tls.Config
 }
-
-var _ raft.StreamLayer = (*StreamLayer)(nil)
 
 // StreamLayer listens on bind, host:port, for Raft connections of peers. Addr
 // returns advertise, or the address of the listener when advertise is nil. The
@@ -61,9 +57,9 @@ func (l *StreamLayer) Close() error { return l.listener.Close() }
 // Addr returns the address that other peers dial.
 func (l *StreamLayer) Addr() net.Addr { return l.advertise }
 
-// Dial connects to the Raft port of a peer within timeout, handshake included.
-func (l *StreamLayer) Dial(address raft.ServerAddress, timeout time.Duration) (net.Conn, error) {
-	conn, err := tls.DialWithDialer(&net.Dialer{Timeout: timeout}, "tcp", string(address), l.client)
+// Dial connects to the Raft port of a peer, host:port, within timeout, handshake included.
+func (l *StreamLayer) Dial(address string, timeout time.Duration) (net.Conn, error) {
+	conn, err := tls.DialWithDialer(&net.Dialer{Timeout: timeout}, "tcp", address, l.client)
 	if err != nil {
 		return nil, fmt.Errorf("dial raft at %s: %w", address, err)
 	}

@@ -9,8 +9,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/hashicorp/raft"
-
 	"github.com/wasmatrix/wasmatrix/identity"
 )
 
@@ -45,7 +43,7 @@ func TestPeersReachEachOtherOnTheRaftPort(t *testing.T) {
 	server := raftLayer(t, issue(t, ca, identity.Node, "n1", identity.RoleServer))
 	client := raftLayer(t, issue(t, ca, identity.Node, "n2", identity.RoleBoth))
 	served := echoOnce(server)
-	conn, err := client.Dial(raft.ServerAddress(server.Addr().String()), 5*time.Second)
+	conn, err := client.Dial(server.Addr().String(), 5*time.Second)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -99,7 +97,7 @@ func TestPeerDoesNotSpeakRaftToAWorker(t *testing.T) {
 	}
 	defer func() { _ = l.Close() }()
 	served := echoOnce(l)
-	_, err = raftLayer(t, issue(t, ca, identity.Node, "n1", identity.RoleServer)).Dial(raft.ServerAddress(l.Addr().String()), 5*time.Second)
+	_, err = raftLayer(t, issue(t, ca, identity.Node, "n1", identity.RoleServer)).Dial(l.Addr().String(), 5*time.Second)
 	if !errors.Is(err, identity.ErrNotAllowed) {
 		t.Errorf("got %v, want ErrNotAllowed", err)
 	}
@@ -122,7 +120,7 @@ func TestSilentClientDoesNotBlockAccept(t *testing.T) {
 	}
 	defer func() { _ = first.Close() }()
 	served := echoOnce(layer)
-	conn, err := raftLayer(t, issue(t, ca, identity.Node, "n2", identity.RoleServer)).Dial(raft.ServerAddress(layer.Addr().String()), 5*time.Second)
+	conn, err := raftLayer(t, issue(t, ca, identity.Node, "n2", identity.RoleServer)).Dial(layer.Addr().String(), 5*time.Second)
 	if err != nil {
 		t.Fatalf("a second client waits for the silent one: %v", err)
 	}

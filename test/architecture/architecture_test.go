@@ -88,6 +88,20 @@ func TestContractsSpeakGo(t *testing.T) {
 	}
 }
 
+// TestClientsLinkNoServer holds what a user of the Go client links free of
+// consensus, executors and stores.
+func TestClientsLinkNoServer(t *testing.T) {
+	out, err := exec.Command("go", "list", "-deps", module+"/client").Output()
+	if err != nil {
+		t.Fatalf("go list: %v", err)
+	}
+	for _, heavy := range []string{"github.com/hashicorp/raft", "github.com/hashicorp/memberlist", "github.com/tetratelabs/wazero", "go.etcd.io/bbolt"} {
+		if strings.Contains(string(out), heavy+"\n") {
+			t.Errorf("client links %s", heavy)
+		}
+	}
+}
+
 func TestPackagesSayWhatTheyAreFor(t *testing.T) {
 	for _, p := range packages(t) {
 		if p.Doc == "" && len(p.GoFiles) > 0 {
