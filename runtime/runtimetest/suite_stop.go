@@ -189,25 +189,30 @@ var commandTests = []conformance{
 		wantExit(t, Started(t, r, Spec(t, Command(nil)), NoHost(t)), runtime.Completed)
 	}},
 	{"stdin, stdout and stderr", func(t *testing.T, r runtime.Runtime) {
-		spec := Spec(t, CatCommand())
-		spec.Stdin = []byte(strings.Repeat("all work and no play\n", 100))
-		out, errs := &Output{}, &Output{}
-		spec.Stdout, spec.Stderr = out, errs
-		wantExit(t, Started(t, r, spec, NoHost(t)), runtime.Completed)
-		if out.String() != string(spec.Stdin) || errs.String() != "done" {
-			t.Fatalf("stdout %q, stderr %q", out, errs)
+		// Each instance has its own, whatever an executor keeps ready of a module.
+		for _, line := range []string{"all work", "and no play", "makes Jack", "a dull boy"} {
+			spec := Spec(t, CatCommand())
+			spec.Stdin = []byte(strings.Repeat(line+"\n", 100))
+			out, errs := &Output{}, &Output{}
+			spec.Stdout, spec.Stderr = out, errs
+			wantExit(t, Started(t, r, spec, NoHost(t)), runtime.Completed)
+			if out.String() != string(spec.Stdin) || errs.String() != "done" {
+				t.Fatalf("stdout %q, stderr %q", out, errs)
+			}
 		}
 	}},
 	{"arguments and environment, and no other", func(t *testing.T, r runtime.Runtime) {
-		args, env := "one\x00two three\x00", "A=1\x00B=two=2\x00"
 		t.Setenv("SECRET", "of the host")
-		spec := Spec(t, ArgsCommand(int32(len("guest\x00"+args)), int32(len(env)), int32(len("guest\x00"))))
-		spec.Args, spec.Env = []string{"one", "two three"}, map[string]string{"B": "two=2", "A": "1"}
-		out := &Output{}
-		spec.Stdout = out
-		wantExit(t, Started(t, r, spec, NoHost(t)), runtime.Completed)
-		if out.String() != args+env {
-			t.Fatalf("stdout %q", out)
+		for _, first := range []string{"one", "two", "six", "ten"} {
+			args, env := first+"\x00two three\x00", "A="+first+"\x00B=two=2\x00"
+			spec := Spec(t, ArgsCommand(int32(len("guest\x00"+args)), int32(len(env)), int32(len("guest\x00"))))
+			spec.Args, spec.Env = []string{first, "two three"}, map[string]string{"B": "two=2", "A": first}
+			out := &Output{}
+			spec.Stdout = out
+			wantExit(t, Started(t, r, spec, NoHost(t)), runtime.Completed)
+			if out.String() != args+env {
+				t.Fatalf("stdout %q", out)
+			}
 		}
 	}},
 	{"a command has no handlers", func(t *testing.T, r runtime.Runtime) {

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	goruntime "runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -249,5 +250,54 @@ func TestMetricsPassTheLinter(t *testing.T) {
 	}
 	if got := counts(t, g); got["guest_exits_total stopped"] != 1 || got["guest_memory_bytes"] != 0 {
 		t.Fatalf("metrics %v", got)
+	}
+}
+
+// TestASpareSlotIsKeptAndTaken looks at the memory that is kept ready: the first
+// start leaves a slot behind, the next one takes it and leaves another, and one
+// with another limit makes its own.
+func TestASpareSlotIsKeptAndTaken(t *testing.T) {
+	g := prometheus.NewRegistry()
+	r := open(t, metricsTo(g))
+	spec := rt.Spec(t, rt.Echo())
+	spare := func(want float64) {
+		t.Helper()
+		deadline := time.Now().Add(10 * time.Second)
+		for counts(t, g)["guest_spare_memory_bytes"] != want {
+			if time.Now().After(deadline) {
+				t.Fatalf("spare memory is %v bytes, want %v", counts(t, g)["guest_spare_memory_bytes"], want)
+			}
+			goruntime.Gosched()
+		}
+	}
+	const one = 128 << 10 // what the guest starts with
+	echo(t, r, spec)
+	spare(one)
+	echo(t, r, spec)
+	spare(one)
+	spec.MemoryBytes *= 2
+	echo(t, r, spec)
+	spare(one)
+	if err := r.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if got := counts(t, g); got["guest_spare_memory_bytes"] != 0 || got["guest_memory_bytes"] != 0 {
+		t.Errorf("after the end of the runtime: %v", got)
+	}
+}
+
+func TestWhatWASICannotCarryIsRefused(t *testing.T) {
+	r := open(t)
+	for name, change := range map[string]func(*runtime.Spec){
+		"an argument with NUL":      func(s *runtime.Spec) { s.Args = []string{"a\x00b"} },
+		"a variable without a name": func(s *runtime.Spec) { s.Env = map[string]string{"": "x"} },
+		"a name with '='":           func(s *runtime.Spec) { s.Env = map[string]string{"A=B": "x"} },
+		"a value with NUL":          func(s *runtime.Spec) { s.Env = map[string]string{"A": "x\x00"} },
+	} {
+		spec := rt.Spec(t, rt.Echo())
+		change(&spec)
+		if _, err := r.Prepare(t.Context(), spec, rt.NoHost(t)); !errors.Is(err, runtime.ErrModuleInvalid) {
+			t.Errorf("%s: %v", name, err)
+		}
 	}
 }

@@ -80,7 +80,7 @@ func newInstance(r *Runtime, e *entry, spec runtime.Spec, host runtime.Host, lim
 		logger:  r.config.Logger.With("instance", spec.InstanceID),
 		tokens:  make(chan struct{}, slots),
 		closing: make(chan struct{}), dying: make(chan struct{}), done: make(chan struct{}),
-		memory: account{metrics: r.metrics},
+		memory: account{gauge: r.metrics.memory},
 		state:  state{calls: map[*slot]context.CancelCauseFunc{}, began: map[*slot]time.Time{}},
 	}
 }

@@ -3,18 +3,19 @@ package wasm
 import (
 	"sync/atomic"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/tetratelabs/wazero/experimental"
 )
 
-// account keeps the size of an instance's linear memories.
+// account keeps the size of an instance's linear memories, or of a spare slot's.
 type account struct {
-	bytes   atomic.Int64
-	metrics *metrics
+	bytes atomic.Int64
+	gauge prometheus.Gauge
 }
 
 func (a *account) add(delta int64) {
 	a.bytes.Add(delta)
-	a.metrics.memory.Add(float64(delta))
+	a.gauge.Add(float64(delta))
 }
 
 // linearMemory is the memory of one slot. wazero calls it on the goroutine that

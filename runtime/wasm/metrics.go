@@ -13,6 +13,7 @@ type metrics struct {
 	corrupt  prometheus.Counter
 	loaded   prometheus.Gauge
 	memory   prometheus.Gauge
+	spare    prometheus.Gauge
 	exits    *prometheus.CounterVec
 }
 
@@ -50,6 +51,10 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 			Name: "wasmatrix_guest_memory_bytes",
 			Help: "Size of all linear memories of guests.",
 		}),
+		spare: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "wasmatrix_guest_spare_memory_bytes",
+			Help: "Size of the linear memories that are kept ready for the next start of their module.",
+		}),
 		exits: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "wasmatrix_guest_exits_total",
 			Help: "Instances that ended, by reason.",
@@ -61,7 +66,7 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 	if r == nil {
 		return m, nil
 	}
-	for _, c := range []prometheus.Collector{m.compile, m.failures, m.lookups, m.corrupt, m.loaded, m.memory, m.exits} {
+	for _, c := range []prometheus.Collector{m.compile, m.failures, m.lookups, m.corrupt, m.loaded, m.memory, m.spare, m.exits} {
 		if err := r.Register(c); err != nil {
 			return nil, fmt.Errorf("registering metrics: %w", err)
 		}

@@ -96,7 +96,7 @@ func (l *loader) keepSpare(e *entry, limit uint64) {
 	e.refs++
 	l.work.Go(func() {
 		defer l.release(e)
-		s := &slot{unit: u, memory: linearMemory{account: &account{metrics: l.metrics}, limit: limit}}
+		s := &slot{unit: u, memory: linearMemory{account: &account{gauge: l.metrics.spare}, limit: limit}}
 		if err := s.enter(call{caller: l.life}, func(ctx context.Context) error { return s.instantiate(ctx) }); err != nil {
 			// The next instance of this module meets the same and says so.
 			s.close()
