@@ -603,7 +603,9 @@ type RemoteInstance struct {
 	// The workload's name.
 	Name string `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
 	// Where it runs and in which generation.
-	Placement     *Placement `protobuf:"bytes,3,opt,name=placement,proto3" json:"placement,omitempty"`
+	Placement *Placement `protobuf:"bytes,3,opt,name=placement,proto3" json:"placement,omitempty"`
+	// The Raft index at which the instance was accepted: a later instance of the same id is another one.
+	CreatedIndex  uint64 `protobuf:"varint,4,opt,name=created_index,json=createdIndex,proto3" json:"created_index,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -657,6 +659,13 @@ func (x *RemoteInstance) GetPlacement() *Placement {
 		return x.Placement
 	}
 	return nil
+}
+
+func (x *RemoteInstance) GetCreatedIndex() uint64 {
+	if x != nil {
+		return x.CreatedIndex
+	}
+	return 0
 }
 
 // NodeAddress tells where a node's agent listens.
@@ -811,7 +820,11 @@ type InstanceReport struct {
 	// The instance's id.
 	InstanceId string `protobuf:"bytes,1,opt,name=instance_id,json=instanceId,proto3" json:"instance_id,omitempty"`
 	// What was observed; generation must be set.
-	Status        *InstanceStatus `protobuf:"bytes,2,opt,name=status,proto3" json:"status,omitempty"`
+	Status *InstanceStatus `protobuf:"bytes,2,opt,name=status,proto3" json:"status,omitempty"`
+	// The restart_epoch that the agent had seen: an end reported under an older one is not the end of what was asked for since.
+	RestartEpoch uint64 `protobuf:"varint,3,opt,name=restart_epoch,json=restartEpoch,proto3" json:"restart_epoch,omitempty"`
+	// True: the agent saw that the instance is to leave this node and has ended it; it will never run this generation again.
+	Left          bool `protobuf:"varint,4,opt,name=left,proto3" json:"left,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -858,6 +871,20 @@ func (x *InstanceReport) GetStatus() *InstanceStatus {
 		return x.Status
 	}
 	return nil
+}
+
+func (x *InstanceReport) GetRestartEpoch() uint64 {
+	if x != nil {
+		return x.RestartEpoch
+	}
+	return 0
+}
+
+func (x *InstanceReport) GetLeft() bool {
+	if x != nil {
+		return x.Left
+	}
+	return false
 }
 
 // ProviderReport is what an agent observed of one provider.
@@ -1143,7 +1170,11 @@ type InstanceCaller struct {
 	// The generation of its placement; a lower one than the highest seen is refused.
 	Generation uint64 `protobuf:"varint,2,opt,name=generation,proto3" json:"generation,omitempty"`
 	// The epoch of its node.
-	NodeEpoch     uint64 `protobuf:"varint,3,opt,name=node_epoch,json=nodeEpoch,proto3" json:"node_epoch,omitempty"`
+	NodeEpoch uint64 `protobuf:"varint,3,opt,name=node_epoch,json=nodeEpoch,proto3" json:"node_epoch,omitempty"`
+	// The last moment at which the call may have its effect, in nanoseconds of the serving agent's clock (ReadClock); 0 means no limit. A call that is late, however it was held up, is refused.
+	NotAfter int64 `protobuf:"varint,4,opt,name=not_after,json=notAfter,proto3" json:"not_after,omitempty"`
+	// Which clock not_after is of; with another one the call is refused.
+	Clock         uint64 `protobuf:"varint,5,opt,name=clock,proto3" json:"clock,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1195,6 +1226,20 @@ func (x *InstanceCaller) GetGeneration() uint64 {
 func (x *InstanceCaller) GetNodeEpoch() uint64 {
 	if x != nil {
 		return x.NodeEpoch
+	}
+	return 0
+}
+
+func (x *InstanceCaller) GetNotAfter() int64 {
+	if x != nil {
+		return x.NotAfter
+	}
+	return 0
+}
+
+func (x *InstanceCaller) GetClock() uint64 {
+	if x != nil {
+		return x.Clock
 	}
 	return 0
 }
@@ -1381,7 +1426,9 @@ func (*InvokeCapabilityRequest_User) isInvokeCapabilityRequest_Caller() {}
 type InvokeCapabilityResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The operation's response message.
-	Payload       []byte `protobuf:"bytes,1,opt,name=payload,proto3" json:"payload,omitempty"`
+	Payload []byte `protobuf:"bytes,1,opt,name=payload,proto3" json:"payload,omitempty"`
+	// The serving agent's clock when it answered.
+	Clock         *AgentClock `protobuf:"bytes,2,opt,name=clock,proto3" json:"clock,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1419,6 +1466,152 @@ func (*InvokeCapabilityResponse) Descriptor() ([]byte, []int) {
 func (x *InvokeCapabilityResponse) GetPayload() []byte {
 	if x != nil {
 		return x.Payload
+	}
+	return nil
+}
+
+func (x *InvokeCapabilityResponse) GetClock() *AgentClock {
+	if x != nil {
+		return x.Clock
+	}
+	return nil
+}
+
+// AgentClock is a reading of an agent's clock. It never goes back and goes on
+// while the machine sleeps; readings of two clocks cannot be compared.
+type AgentClock struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Names the clock: a random number that each agent process draws.
+	Id uint64 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`
+	// The time in nanoseconds.
+	Now           int64 `protobuf:"varint,2,opt,name=now,proto3" json:"now,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AgentClock) Reset() {
+	*x = AgentClock{}
+	mi := &file_wasmatrix_v1_agent_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AgentClock) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AgentClock) ProtoMessage() {}
+
+func (x *AgentClock) ProtoReflect() protoreflect.Message {
+	mi := &file_wasmatrix_v1_agent_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AgentClock.ProtoReflect.Descriptor instead.
+func (*AgentClock) Descriptor() ([]byte, []int) {
+	return file_wasmatrix_v1_agent_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *AgentClock) GetId() uint64 {
+	if x != nil {
+		return x.Id
+	}
+	return 0
+}
+
+func (x *AgentClock) GetNow() int64 {
+	if x != nil {
+		return x.Now
+	}
+	return 0
+}
+
+// ReadClockRequest asks for the time of an agent's clock.
+type ReadClockRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReadClockRequest) Reset() {
+	*x = ReadClockRequest{}
+	mi := &file_wasmatrix_v1_agent_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReadClockRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReadClockRequest) ProtoMessage() {}
+
+func (x *ReadClockRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_wasmatrix_v1_agent_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReadClockRequest.ProtoReflect.Descriptor instead.
+func (*ReadClockRequest) Descriptor() ([]byte, []int) {
+	return file_wasmatrix_v1_agent_proto_rawDescGZIP(), []int{21}
+}
+
+// ReadClockResponse is the time.
+type ReadClockResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The reading.
+	Clock         *AgentClock `protobuf:"bytes,1,opt,name=clock,proto3" json:"clock,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReadClockResponse) Reset() {
+	*x = ReadClockResponse{}
+	mi := &file_wasmatrix_v1_agent_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReadClockResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReadClockResponse) ProtoMessage() {}
+
+func (x *ReadClockResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_wasmatrix_v1_agent_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReadClockResponse.ProtoReflect.Descriptor instead.
+func (*ReadClockResponse) Descriptor() ([]byte, []int) {
+	return file_wasmatrix_v1_agent_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *ReadClockResponse) GetClock() *AgentClock {
+	if x != nil {
+		return x.Clock
 	}
 	return nil
 }
@@ -1463,12 +1656,13 @@ const file_wasmatrix_v1_agent_proto_rawDesc = "" +
 	"\vinstance_id\x18\x01 \x01(\tR\n" +
 	"instanceId\x12\x1f\n" +
 	"\vprovider_id\x18\x02 \x01(\tR\n" +
-	"providerId\"|\n" +
+	"providerId\"\xa1\x01\n" +
 	"\x0eRemoteInstance\x12\x1f\n" +
 	"\vinstance_id\x18\x01 \x01(\tR\n" +
 	"instanceId\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x125\n" +
-	"\tplacement\x18\x03 \x01(\v2\x17.wasmatrix.v1.PlacementR\tplacement\"K\n" +
+	"\tplacement\x18\x03 \x01(\v2\x17.wasmatrix.v1.PlacementR\tplacement\x12#\n" +
+	"\rcreated_index\x18\x04 \x01(\x04R\fcreatedIndex\"K\n" +
 	"\vNodeAddress\x12\x17\n" +
 	"\anode_id\x18\x01 \x01(\tR\x06nodeId\x12#\n" +
 	"\ragent_address\x18\x02 \x01(\tR\fagentAddress\"\xd8\x01\n" +
@@ -1480,11 +1674,13 @@ const file_wasmatrix_v1_agent_proto_rawDesc = "" +
 	"results_in\x18\x03 \x01(\x04R\tresultsIn\x128\n" +
 	"\achanges\x18\x04 \x03(\v2\x1e.wasmatrix.v1.AssignmentChangeR\achanges\x12\x14\n" +
 	"\x05index\x18\x05 \x01(\x04R\x05index\x12\x12\n" +
-	"\x04more\x18\x06 \x01(\bR\x04more\"x\n" +
+	"\x04more\x18\x06 \x01(\bR\x04more\"\xb1\x01\n" +
 	"\x0eInstanceReport\x12(\n" +
 	"\vinstance_id\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\n" +
 	"instanceId\x12<\n" +
-	"\x06status\x18\x02 \x01(\v2\x1c.wasmatrix.v1.InstanceStatusB\x06\xbaH\x03\xc8\x01\x01R\x06status\"x\n" +
+	"\x06status\x18\x02 \x01(\v2\x1c.wasmatrix.v1.InstanceStatusB\x06\xbaH\x03\xc8\x01\x01R\x06status\x12#\n" +
+	"\rrestart_epoch\x18\x03 \x01(\x04R\frestartEpoch\x12\x12\n" +
+	"\x04left\x18\x04 \x01(\bR\x04left\"x\n" +
 	"\x0eProviderReport\x12(\n" +
 	"\vprovider_id\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\n" +
 	"providerId\x12<\n" +
@@ -1502,7 +1698,7 @@ const file_wasmatrix_v1_agent_proto_rawDesc = "" +
 	"instanceId\x12=\n" +
 	"\arequest\x18\x02 \x01(\v2\x1b.wasmatrix.v1.InvokeRequestB\x06\xbaH\x03\xc8\x01\x01R\arequest\"R\n" +
 	"\x16InvokeInstanceResponse\x128\n" +
-	"\bresponse\x18\x01 \x01(\v2\x1c.wasmatrix.v1.InvokeResponseR\bresponse\"\x85\x01\n" +
+	"\bresponse\x18\x01 \x01(\v2\x1c.wasmatrix.v1.InvokeResponseR\bresponse\"\xb8\x01\n" +
 	"\x0eInstanceCaller\x12+\n" +
 	"\vinstance_id\x18\x01 \x01(\tB\n" +
 	"\xbaH\ar\x05\x10\x01\x18\x80\x01R\n" +
@@ -1511,7 +1707,9 @@ const file_wasmatrix_v1_agent_proto_rawDesc = "" +
 	"generation\x18\x02 \x01(\x04B\a\xbaH\x042\x02(\x01R\n" +
 	"generation\x12\x1d\n" +
 	"\n" +
-	"node_epoch\x18\x03 \x01(\x04R\tnodeEpoch\"B\n" +
+	"node_epoch\x18\x03 \x01(\x04R\tnodeEpoch\x12\x1b\n" +
+	"\tnot_after\x18\x04 \x01(\x03R\bnotAfter\x12\x14\n" +
+	"\x05clock\x18\x05 \x01(\x04R\x05clock\"B\n" +
 	"\n" +
 	"UserCaller\x12\x12\n" +
 	"\x04user\x18\x01 \x01(\tR\x04user\x12 \n" +
@@ -1527,19 +1725,28 @@ const file_wasmatrix_v1_agent_proto_rawDesc = "" +
 	"\toperation\x18\x05 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18?R\toperation\x12$\n" +
 	"\apayload\x18\x06 \x01(\fB\n" +
 	"\xbaH\az\x05\x18\x80\x80\x80\x02R\apayloadB\x0f\n" +
-	"\x06caller\x12\x05\xbaH\x02\b\x01\"4\n" +
+	"\x06caller\x12\x05\xbaH\x02\b\x01\"d\n" +
 	"\x18InvokeCapabilityResponse\x12\x18\n" +
-	"\apayload\x18\x01 \x01(\fR\apayload2\xf6\x02\n" +
+	"\apayload\x18\x01 \x01(\fR\apayload\x12.\n" +
+	"\x05clock\x18\x02 \x01(\v2\x18.wasmatrix.v1.AgentClockR\x05clock\".\n" +
+	"\n" +
+	"AgentClock\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x10\n" +
+	"\x03now\x18\x02 \x01(\x03R\x03now\"\x12\n" +
+	"\x10ReadClockRequest\"C\n" +
+	"\x11ReadClockResponse\x12.\n" +
+	"\x05clock\x18\x01 \x01(\v2\x18.wasmatrix.v1.AgentClockR\x05clock2\xf6\x02\n" +
 	"\x13AgentSessionService\x12U\n" +
 	"\fRegisterNode\x12!.wasmatrix.v1.RegisterNodeRequest\x1a\".wasmatrix.v1.RegisterNodeResponse\x12L\n" +
 	"\tHeartbeat\x12\x1e.wasmatrix.v1.HeartbeatRequest\x1a\x1f.wasmatrix.v1.HeartbeatResponse\x12c\n" +
 	"\x10WatchAssignments\x12%.wasmatrix.v1.WatchAssignmentsRequest\x1a&.wasmatrix.v1.WatchAssignmentsResponse0\x01\x12U\n" +
-	"\fReportStatus\x12!.wasmatrix.v1.ReportStatusRequest\x1a\".wasmatrix.v1.ReportStatusResponse2\xe3\x05\n" +
+	"\fReportStatus\x12!.wasmatrix.v1.ReportStatusRequest\x1a\".wasmatrix.v1.ReportStatusResponse2\xb1\x06\n" +
 	"\x10NodeAgentService\x12X\n" +
 	"\rQueryInstance\x12\".wasmatrix.v1.QueryInstanceRequest\x1a#.wasmatrix.v1.QueryInstanceResponse\x12X\n" +
 	"\rListInstances\x12\".wasmatrix.v1.ListInstancesRequest\x1a#.wasmatrix.v1.ListInstancesResponse\x12[\n" +
 	"\x0eInvokeInstance\x12#.wasmatrix.v1.InvokeInstanceRequest\x1a$.wasmatrix.v1.InvokeInstanceResponse\x12a\n" +
-	"\x10InvokeCapability\x12%.wasmatrix.v1.InvokeCapabilityRequest\x1a&.wasmatrix.v1.InvokeCapabilityResponse\x12Q\n" +
+	"\x10InvokeCapability\x12%.wasmatrix.v1.InvokeCapabilityRequest\x1a&.wasmatrix.v1.InvokeCapabilityResponse\x12L\n" +
+	"\tReadClock\x12\x1e.wasmatrix.v1.ReadClockRequest\x1a\x1f.wasmatrix.v1.ReadClockResponse\x12Q\n" +
 	"\n" +
 	"FollowLogs\x12\x1f.wasmatrix.v1.FollowLogsRequest\x1a .wasmatrix.v1.FollowLogsResponse0\x01\x12X\n" +
 	"\rStartInstance\x12\".wasmatrix.v1.StartInstanceRequest\x1a#.wasmatrix.v1.StartInstanceResponse\x12U\n" +
@@ -1558,7 +1765,7 @@ func file_wasmatrix_v1_agent_proto_rawDescGZIP() []byte {
 	return file_wasmatrix_v1_agent_proto_rawDescData
 }
 
-var file_wasmatrix_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
+var file_wasmatrix_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
 var file_wasmatrix_v1_agent_proto_goTypes = []any{
 	(*RegisterNodeRequest)(nil),      // 0: wasmatrix.v1.RegisterNodeRequest
 	(*RegisterNodeResponse)(nil),     // 1: wasmatrix.v1.RegisterNodeResponse
@@ -1580,80 +1787,87 @@ var file_wasmatrix_v1_agent_proto_goTypes = []any{
 	(*UserCaller)(nil),               // 17: wasmatrix.v1.UserCaller
 	(*InvokeCapabilityRequest)(nil),  // 18: wasmatrix.v1.InvokeCapabilityRequest
 	(*InvokeCapabilityResponse)(nil), // 19: wasmatrix.v1.InvokeCapabilityResponse
-	(*NodeInfo)(nil),                 // 20: wasmatrix.v1.NodeInfo
-	(*ProviderSpec)(nil),             // 21: wasmatrix.v1.ProviderSpec
-	(*durationpb.Duration)(nil),      // 22: google.protobuf.Duration
-	(*Instance)(nil),                 // 23: wasmatrix.v1.Instance
-	(*Provider)(nil),                 // 24: wasmatrix.v1.Provider
-	(*CapabilityAssignment)(nil),     // 25: wasmatrix.v1.CapabilityAssignment
-	(*Placement)(nil),                // 26: wasmatrix.v1.Placement
-	(*InstanceStatus)(nil),           // 27: wasmatrix.v1.InstanceStatus
-	(*ProviderStatus)(nil),           // 28: wasmatrix.v1.ProviderStatus
-	(*InvokeRequest)(nil),            // 29: wasmatrix.v1.InvokeRequest
-	(*InvokeResponse)(nil),           // 30: wasmatrix.v1.InvokeResponse
-	(*QueryInstanceRequest)(nil),     // 31: wasmatrix.v1.QueryInstanceRequest
-	(*ListInstancesRequest)(nil),     // 32: wasmatrix.v1.ListInstancesRequest
-	(*FollowLogsRequest)(nil),        // 33: wasmatrix.v1.FollowLogsRequest
-	(*StartInstanceRequest)(nil),     // 34: wasmatrix.v1.StartInstanceRequest
-	(*StopInstanceRequest)(nil),      // 35: wasmatrix.v1.StopInstanceRequest
-	(*UploadModuleRequest)(nil),      // 36: wasmatrix.v1.UploadModuleRequest
-	(*QueryInstanceResponse)(nil),    // 37: wasmatrix.v1.QueryInstanceResponse
-	(*ListInstancesResponse)(nil),    // 38: wasmatrix.v1.ListInstancesResponse
-	(*FollowLogsResponse)(nil),       // 39: wasmatrix.v1.FollowLogsResponse
-	(*StartInstanceResponse)(nil),    // 40: wasmatrix.v1.StartInstanceResponse
-	(*StopInstanceResponse)(nil),     // 41: wasmatrix.v1.StopInstanceResponse
-	(*UploadModuleResponse)(nil),     // 42: wasmatrix.v1.UploadModuleResponse
+	(*AgentClock)(nil),               // 20: wasmatrix.v1.AgentClock
+	(*ReadClockRequest)(nil),         // 21: wasmatrix.v1.ReadClockRequest
+	(*ReadClockResponse)(nil),        // 22: wasmatrix.v1.ReadClockResponse
+	(*NodeInfo)(nil),                 // 23: wasmatrix.v1.NodeInfo
+	(*ProviderSpec)(nil),             // 24: wasmatrix.v1.ProviderSpec
+	(*durationpb.Duration)(nil),      // 25: google.protobuf.Duration
+	(*Instance)(nil),                 // 26: wasmatrix.v1.Instance
+	(*Provider)(nil),                 // 27: wasmatrix.v1.Provider
+	(*CapabilityAssignment)(nil),     // 28: wasmatrix.v1.CapabilityAssignment
+	(*Placement)(nil),                // 29: wasmatrix.v1.Placement
+	(*InstanceStatus)(nil),           // 30: wasmatrix.v1.InstanceStatus
+	(*ProviderStatus)(nil),           // 31: wasmatrix.v1.ProviderStatus
+	(*InvokeRequest)(nil),            // 32: wasmatrix.v1.InvokeRequest
+	(*InvokeResponse)(nil),           // 33: wasmatrix.v1.InvokeResponse
+	(*QueryInstanceRequest)(nil),     // 34: wasmatrix.v1.QueryInstanceRequest
+	(*ListInstancesRequest)(nil),     // 35: wasmatrix.v1.ListInstancesRequest
+	(*FollowLogsRequest)(nil),        // 36: wasmatrix.v1.FollowLogsRequest
+	(*StartInstanceRequest)(nil),     // 37: wasmatrix.v1.StartInstanceRequest
+	(*StopInstanceRequest)(nil),      // 38: wasmatrix.v1.StopInstanceRequest
+	(*UploadModuleRequest)(nil),      // 39: wasmatrix.v1.UploadModuleRequest
+	(*QueryInstanceResponse)(nil),    // 40: wasmatrix.v1.QueryInstanceResponse
+	(*ListInstancesResponse)(nil),    // 41: wasmatrix.v1.ListInstancesResponse
+	(*FollowLogsResponse)(nil),       // 42: wasmatrix.v1.FollowLogsResponse
+	(*StartInstanceResponse)(nil),    // 43: wasmatrix.v1.StartInstanceResponse
+	(*StopInstanceResponse)(nil),     // 44: wasmatrix.v1.StopInstanceResponse
+	(*UploadModuleResponse)(nil),     // 45: wasmatrix.v1.UploadModuleResponse
 }
 var file_wasmatrix_v1_agent_proto_depIdxs = []int32{
-	20, // 0: wasmatrix.v1.RegisterNodeRequest.info:type_name -> wasmatrix.v1.NodeInfo
-	21, // 1: wasmatrix.v1.RegisterNodeRequest.providers:type_name -> wasmatrix.v1.ProviderSpec
-	22, // 2: wasmatrix.v1.RegisterNodeResponse.lease_ttl:type_name -> google.protobuf.Duration
-	22, // 3: wasmatrix.v1.HeartbeatResponse.lease_ttl:type_name -> google.protobuf.Duration
-	23, // 4: wasmatrix.v1.AssignmentChange.put_instance:type_name -> wasmatrix.v1.Instance
-	24, // 5: wasmatrix.v1.AssignmentChange.put_provider:type_name -> wasmatrix.v1.Provider
-	25, // 6: wasmatrix.v1.AssignmentChange.put_assignment:type_name -> wasmatrix.v1.CapabilityAssignment
+	23, // 0: wasmatrix.v1.RegisterNodeRequest.info:type_name -> wasmatrix.v1.NodeInfo
+	24, // 1: wasmatrix.v1.RegisterNodeRequest.providers:type_name -> wasmatrix.v1.ProviderSpec
+	25, // 2: wasmatrix.v1.RegisterNodeResponse.lease_ttl:type_name -> google.protobuf.Duration
+	25, // 3: wasmatrix.v1.HeartbeatResponse.lease_ttl:type_name -> google.protobuf.Duration
+	26, // 4: wasmatrix.v1.AssignmentChange.put_instance:type_name -> wasmatrix.v1.Instance
+	27, // 5: wasmatrix.v1.AssignmentChange.put_provider:type_name -> wasmatrix.v1.Provider
+	28, // 6: wasmatrix.v1.AssignmentChange.put_assignment:type_name -> wasmatrix.v1.CapabilityAssignment
 	6,  // 7: wasmatrix.v1.AssignmentChange.remove_assignment:type_name -> wasmatrix.v1.AssignmentKey
 	7,  // 8: wasmatrix.v1.AssignmentChange.put_remote_instance:type_name -> wasmatrix.v1.RemoteInstance
 	8,  // 9: wasmatrix.v1.AssignmentChange.put_node:type_name -> wasmatrix.v1.NodeAddress
-	26, // 10: wasmatrix.v1.RemoteInstance.placement:type_name -> wasmatrix.v1.Placement
+	29, // 10: wasmatrix.v1.RemoteInstance.placement:type_name -> wasmatrix.v1.Placement
 	5,  // 11: wasmatrix.v1.WatchAssignmentsResponse.changes:type_name -> wasmatrix.v1.AssignmentChange
-	27, // 12: wasmatrix.v1.InstanceReport.status:type_name -> wasmatrix.v1.InstanceStatus
-	28, // 13: wasmatrix.v1.ProviderReport.status:type_name -> wasmatrix.v1.ProviderStatus
+	30, // 12: wasmatrix.v1.InstanceReport.status:type_name -> wasmatrix.v1.InstanceStatus
+	31, // 13: wasmatrix.v1.ProviderReport.status:type_name -> wasmatrix.v1.ProviderStatus
 	10, // 14: wasmatrix.v1.ReportStatusRequest.instances:type_name -> wasmatrix.v1.InstanceReport
 	11, // 15: wasmatrix.v1.ReportStatusRequest.providers:type_name -> wasmatrix.v1.ProviderReport
-	29, // 16: wasmatrix.v1.InvokeInstanceRequest.request:type_name -> wasmatrix.v1.InvokeRequest
-	30, // 17: wasmatrix.v1.InvokeInstanceResponse.response:type_name -> wasmatrix.v1.InvokeResponse
+	32, // 16: wasmatrix.v1.InvokeInstanceRequest.request:type_name -> wasmatrix.v1.InvokeRequest
+	33, // 17: wasmatrix.v1.InvokeInstanceResponse.response:type_name -> wasmatrix.v1.InvokeResponse
 	16, // 18: wasmatrix.v1.InvokeCapabilityRequest.instance:type_name -> wasmatrix.v1.InstanceCaller
 	17, // 19: wasmatrix.v1.InvokeCapabilityRequest.user:type_name -> wasmatrix.v1.UserCaller
-	0,  // 20: wasmatrix.v1.AgentSessionService.RegisterNode:input_type -> wasmatrix.v1.RegisterNodeRequest
-	2,  // 21: wasmatrix.v1.AgentSessionService.Heartbeat:input_type -> wasmatrix.v1.HeartbeatRequest
-	4,  // 22: wasmatrix.v1.AgentSessionService.WatchAssignments:input_type -> wasmatrix.v1.WatchAssignmentsRequest
-	12, // 23: wasmatrix.v1.AgentSessionService.ReportStatus:input_type -> wasmatrix.v1.ReportStatusRequest
-	31, // 24: wasmatrix.v1.NodeAgentService.QueryInstance:input_type -> wasmatrix.v1.QueryInstanceRequest
-	32, // 25: wasmatrix.v1.NodeAgentService.ListInstances:input_type -> wasmatrix.v1.ListInstancesRequest
-	14, // 26: wasmatrix.v1.NodeAgentService.InvokeInstance:input_type -> wasmatrix.v1.InvokeInstanceRequest
-	18, // 27: wasmatrix.v1.NodeAgentService.InvokeCapability:input_type -> wasmatrix.v1.InvokeCapabilityRequest
-	33, // 28: wasmatrix.v1.NodeAgentService.FollowLogs:input_type -> wasmatrix.v1.FollowLogsRequest
-	34, // 29: wasmatrix.v1.NodeAgentService.StartInstance:input_type -> wasmatrix.v1.StartInstanceRequest
-	35, // 30: wasmatrix.v1.NodeAgentService.StopInstance:input_type -> wasmatrix.v1.StopInstanceRequest
-	36, // 31: wasmatrix.v1.NodeAgentService.UploadModule:input_type -> wasmatrix.v1.UploadModuleRequest
-	1,  // 32: wasmatrix.v1.AgentSessionService.RegisterNode:output_type -> wasmatrix.v1.RegisterNodeResponse
-	3,  // 33: wasmatrix.v1.AgentSessionService.Heartbeat:output_type -> wasmatrix.v1.HeartbeatResponse
-	9,  // 34: wasmatrix.v1.AgentSessionService.WatchAssignments:output_type -> wasmatrix.v1.WatchAssignmentsResponse
-	13, // 35: wasmatrix.v1.AgentSessionService.ReportStatus:output_type -> wasmatrix.v1.ReportStatusResponse
-	37, // 36: wasmatrix.v1.NodeAgentService.QueryInstance:output_type -> wasmatrix.v1.QueryInstanceResponse
-	38, // 37: wasmatrix.v1.NodeAgentService.ListInstances:output_type -> wasmatrix.v1.ListInstancesResponse
-	15, // 38: wasmatrix.v1.NodeAgentService.InvokeInstance:output_type -> wasmatrix.v1.InvokeInstanceResponse
-	19, // 39: wasmatrix.v1.NodeAgentService.InvokeCapability:output_type -> wasmatrix.v1.InvokeCapabilityResponse
-	39, // 40: wasmatrix.v1.NodeAgentService.FollowLogs:output_type -> wasmatrix.v1.FollowLogsResponse
-	40, // 41: wasmatrix.v1.NodeAgentService.StartInstance:output_type -> wasmatrix.v1.StartInstanceResponse
-	41, // 42: wasmatrix.v1.NodeAgentService.StopInstance:output_type -> wasmatrix.v1.StopInstanceResponse
-	42, // 43: wasmatrix.v1.NodeAgentService.UploadModule:output_type -> wasmatrix.v1.UploadModuleResponse
-	32, // [32:44] is the sub-list for method output_type
-	20, // [20:32] is the sub-list for method input_type
-	20, // [20:20] is the sub-list for extension type_name
-	20, // [20:20] is the sub-list for extension extendee
-	0,  // [0:20] is the sub-list for field type_name
+	20, // 20: wasmatrix.v1.InvokeCapabilityResponse.clock:type_name -> wasmatrix.v1.AgentClock
+	20, // 21: wasmatrix.v1.ReadClockResponse.clock:type_name -> wasmatrix.v1.AgentClock
+	0,  // 22: wasmatrix.v1.AgentSessionService.RegisterNode:input_type -> wasmatrix.v1.RegisterNodeRequest
+	2,  // 23: wasmatrix.v1.AgentSessionService.Heartbeat:input_type -> wasmatrix.v1.HeartbeatRequest
+	4,  // 24: wasmatrix.v1.AgentSessionService.WatchAssignments:input_type -> wasmatrix.v1.WatchAssignmentsRequest
+	12, // 25: wasmatrix.v1.AgentSessionService.ReportStatus:input_type -> wasmatrix.v1.ReportStatusRequest
+	34, // 26: wasmatrix.v1.NodeAgentService.QueryInstance:input_type -> wasmatrix.v1.QueryInstanceRequest
+	35, // 27: wasmatrix.v1.NodeAgentService.ListInstances:input_type -> wasmatrix.v1.ListInstancesRequest
+	14, // 28: wasmatrix.v1.NodeAgentService.InvokeInstance:input_type -> wasmatrix.v1.InvokeInstanceRequest
+	18, // 29: wasmatrix.v1.NodeAgentService.InvokeCapability:input_type -> wasmatrix.v1.InvokeCapabilityRequest
+	21, // 30: wasmatrix.v1.NodeAgentService.ReadClock:input_type -> wasmatrix.v1.ReadClockRequest
+	36, // 31: wasmatrix.v1.NodeAgentService.FollowLogs:input_type -> wasmatrix.v1.FollowLogsRequest
+	37, // 32: wasmatrix.v1.NodeAgentService.StartInstance:input_type -> wasmatrix.v1.StartInstanceRequest
+	38, // 33: wasmatrix.v1.NodeAgentService.StopInstance:input_type -> wasmatrix.v1.StopInstanceRequest
+	39, // 34: wasmatrix.v1.NodeAgentService.UploadModule:input_type -> wasmatrix.v1.UploadModuleRequest
+	1,  // 35: wasmatrix.v1.AgentSessionService.RegisterNode:output_type -> wasmatrix.v1.RegisterNodeResponse
+	3,  // 36: wasmatrix.v1.AgentSessionService.Heartbeat:output_type -> wasmatrix.v1.HeartbeatResponse
+	9,  // 37: wasmatrix.v1.AgentSessionService.WatchAssignments:output_type -> wasmatrix.v1.WatchAssignmentsResponse
+	13, // 38: wasmatrix.v1.AgentSessionService.ReportStatus:output_type -> wasmatrix.v1.ReportStatusResponse
+	40, // 39: wasmatrix.v1.NodeAgentService.QueryInstance:output_type -> wasmatrix.v1.QueryInstanceResponse
+	41, // 40: wasmatrix.v1.NodeAgentService.ListInstances:output_type -> wasmatrix.v1.ListInstancesResponse
+	15, // 41: wasmatrix.v1.NodeAgentService.InvokeInstance:output_type -> wasmatrix.v1.InvokeInstanceResponse
+	19, // 42: wasmatrix.v1.NodeAgentService.InvokeCapability:output_type -> wasmatrix.v1.InvokeCapabilityResponse
+	22, // 43: wasmatrix.v1.NodeAgentService.ReadClock:output_type -> wasmatrix.v1.ReadClockResponse
+	42, // 44: wasmatrix.v1.NodeAgentService.FollowLogs:output_type -> wasmatrix.v1.FollowLogsResponse
+	43, // 45: wasmatrix.v1.NodeAgentService.StartInstance:output_type -> wasmatrix.v1.StartInstanceResponse
+	44, // 46: wasmatrix.v1.NodeAgentService.StopInstance:output_type -> wasmatrix.v1.StopInstanceResponse
+	45, // 47: wasmatrix.v1.NodeAgentService.UploadModule:output_type -> wasmatrix.v1.UploadModuleResponse
+	35, // [35:48] is the sub-list for method output_type
+	22, // [22:35] is the sub-list for method input_type
+	22, // [22:22] is the sub-list for extension type_name
+	22, // [22:22] is the sub-list for extension extendee
+	0,  // [0:22] is the sub-list for field type_name
 }
 
 func init() { file_wasmatrix_v1_agent_proto_init() }
@@ -1688,7 +1902,7 @@ func file_wasmatrix_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_wasmatrix_v1_agent_proto_rawDesc), len(file_wasmatrix_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   20,
+			NumMessages:   23,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

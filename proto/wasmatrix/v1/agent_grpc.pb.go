@@ -261,6 +261,7 @@ const (
 	NodeAgentService_ListInstances_FullMethodName    = "/wasmatrix.v1.NodeAgentService/ListInstances"
 	NodeAgentService_InvokeInstance_FullMethodName   = "/wasmatrix.v1.NodeAgentService/InvokeInstance"
 	NodeAgentService_InvokeCapability_FullMethodName = "/wasmatrix.v1.NodeAgentService/InvokeCapability"
+	NodeAgentService_ReadClock_FullMethodName        = "/wasmatrix.v1.NodeAgentService/ReadClock"
 	NodeAgentService_FollowLogs_FullMethodName       = "/wasmatrix.v1.NodeAgentService/FollowLogs"
 	NodeAgentService_StartInstance_FullMethodName    = "/wasmatrix.v1.NodeAgentService/StartInstance"
 	NodeAgentService_StopInstance_FullMethodName     = "/wasmatrix.v1.NodeAgentService/StopInstance"
@@ -283,6 +284,9 @@ type NodeAgentServiceClient interface {
 	// node, or for a user. Every permission is checked here, against this agent's
 	// own directory.
 	InvokeCapability(ctx context.Context, in *InvokeCapabilityRequest, opts ...grpc.CallOption) (*InvokeCapabilityResponse, error)
+	// ReadClock tells the time of the agent's own clock, for other agents, which
+	// limit with it until when a call may have its effect.
+	ReadClock(ctx context.Context, in *ReadClockRequest, opts ...grpc.CallOption) (*ReadClockResponse, error)
 	// FollowLogs streams the output of instances of this node.
 	FollowLogs(ctx context.Context, in *FollowLogsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[FollowLogsResponse], error)
 	// StartInstance starts a workload; in standalone mode only.
@@ -335,6 +339,16 @@ func (c *nodeAgentServiceClient) InvokeCapability(ctx context.Context, in *Invok
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(InvokeCapabilityResponse)
 	err := c.cc.Invoke(ctx, NodeAgentService_InvokeCapability_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *nodeAgentServiceClient) ReadClock(ctx context.Context, in *ReadClockRequest, opts ...grpc.CallOption) (*ReadClockResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ReadClockResponse)
+	err := c.cc.Invoke(ctx, NodeAgentService_ReadClock_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -409,6 +423,9 @@ type NodeAgentServiceServer interface {
 	// node, or for a user. Every permission is checked here, against this agent's
 	// own directory.
 	InvokeCapability(context.Context, *InvokeCapabilityRequest) (*InvokeCapabilityResponse, error)
+	// ReadClock tells the time of the agent's own clock, for other agents, which
+	// limit with it until when a call may have its effect.
+	ReadClock(context.Context, *ReadClockRequest) (*ReadClockResponse, error)
 	// FollowLogs streams the output of instances of this node.
 	FollowLogs(*FollowLogsRequest, grpc.ServerStreamingServer[FollowLogsResponse]) error
 	// StartInstance starts a workload; in standalone mode only.
@@ -438,6 +455,9 @@ func (UnimplementedNodeAgentServiceServer) InvokeInstance(context.Context, *Invo
 }
 func (UnimplementedNodeAgentServiceServer) InvokeCapability(context.Context, *InvokeCapabilityRequest) (*InvokeCapabilityResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method InvokeCapability not implemented")
+}
+func (UnimplementedNodeAgentServiceServer) ReadClock(context.Context, *ReadClockRequest) (*ReadClockResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ReadClock not implemented")
 }
 func (UnimplementedNodeAgentServiceServer) FollowLogs(*FollowLogsRequest, grpc.ServerStreamingServer[FollowLogsResponse]) error {
 	return status.Error(codes.Unimplemented, "method FollowLogs not implemented")
@@ -544,6 +564,24 @@ func _NodeAgentService_InvokeCapability_Handler(srv interface{}, ctx context.Con
 	return interceptor(ctx, in, info, handler)
 }
 
+func _NodeAgentService_ReadClock_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ReadClockRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(NodeAgentServiceServer).ReadClock(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: NodeAgentService_ReadClock_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(NodeAgentServiceServer).ReadClock(ctx, req.(*ReadClockRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _NodeAgentService_FollowLogs_Handler(srv interface{}, stream grpc.ServerStream) error {
 	m := new(FollowLogsRequest)
 	if err := stream.RecvMsg(m); err != nil {
@@ -620,6 +658,10 @@ var NodeAgentService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "InvokeCapability",
 			Handler:    _NodeAgentService_InvokeCapability_Handler,
+		},
+		{
+			MethodName: "ReadClock",
+			Handler:    _NodeAgentService_ReadClock_Handler,
 		},
 		{
 			MethodName: "StartInstance",

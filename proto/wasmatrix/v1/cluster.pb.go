@@ -202,10 +202,13 @@ type StatusResponse struct {
 	Providers map[string]uint32 `protobuf:"bytes,14,rep,name=providers,proto3" json:"providers,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
 	// The version of the answering binary.
 	Version string `protobuf:"bytes,15,opt,name=version,proto3" json:"version,omitempty"`
-	// A hash over the state at applied_index, equal on all peers at the same index.
+	// A hash over the registry, equal on all peers that have applied the same commands; while commands are being
+	// applied it may be a moment behind applied_index. StateHash compares exactly.
 	StateHash string `protobuf:"bytes,16,opt,name=state_hash,json=stateHash,proto3" json:"state_hash,omitempty"`
 	// How long the answering peer has been without a leader; unset when it has one.
 	WithoutLeader *durationpb.Duration `protobuf:"bytes,17,opt,name=without_leader,json=withoutLeader,proto3" json:"without_leader,omitempty"`
+	// Tells this cluster from others of the same name; empty before it was formed.
+	ClusterId     string `protobuf:"bytes,30,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -359,6 +362,13 @@ func (x *StatusResponse) GetWithoutLeader() *durationpb.Duration {
 	return nil
 }
 
+func (x *StatusResponse) GetClusterId() string {
+	if x != nil {
+		return x.ClusterId
+	}
+	return ""
+}
+
 // JoinRequest adds a peer.
 type JoinRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -369,7 +379,9 @@ type JoinRequest struct {
 	// host:port of its gRPC API.
 	ApiAddress string `protobuf:"bytes,3,opt,name=api_address,json=apiAddress,proto3" json:"api_address,omitempty"`
 	// True to stay a non-voter: it replicates and never votes.
-	NonVoter      bool `protobuf:"varint,4,opt,name=non_voter,json=nonVoter,proto3" json:"non_voter,omitempty"`
+	NonVoter bool `protobuf:"varint,4,opt,name=non_voter,json=nonVoter,proto3" json:"non_voter,omitempty"`
+	// The identity of the cluster that the peer's disk belongs to; empty when it belongs to none.
+	ClusterId     string `protobuf:"bytes,15,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -430,6 +442,13 @@ func (x *JoinRequest) GetNonVoter() bool {
 		return x.NonVoter
 	}
 	return false
+}
+
+func (x *JoinRequest) GetClusterId() string {
+	if x != nil {
+		return x.ClusterId
+	}
+	return ""
 }
 
 // JoinResponse acknowledges a peer.
@@ -1272,6 +1291,180 @@ func (x *PeerMetadata) GetVersion() string {
 	return ""
 }
 
+// StateHashRequest asks for the hashes of a peer's state.
+type StateHashRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The Raft indexes.
+	Indexes       []uint64 `protobuf:"varint,1,rep,packed,name=indexes,proto3" json:"indexes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StateHashRequest) Reset() {
+	*x = StateHashRequest{}
+	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StateHashRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StateHashRequest) ProtoMessage() {}
+
+func (x *StateHashRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StateHashRequest.ProtoReflect.Descriptor instead.
+func (*StateHashRequest) Descriptor() ([]byte, []int) {
+	return file_wasmatrix_v1_cluster_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *StateHashRequest) GetIndexes() []uint64 {
+	if x != nil {
+		return x.Indexes
+	}
+	return nil
+}
+
+// IndexHash is the hash of the state at one index.
+type IndexHash struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The Raft index.
+	Index uint64 `protobuf:"varint,1,opt,name=index,proto3" json:"index,omitempty"`
+	// The running hash of the state in hex.
+	Hash          string `protobuf:"bytes,2,opt,name=hash,proto3" json:"hash,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IndexHash) Reset() {
+	*x = IndexHash{}
+	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IndexHash) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IndexHash) ProtoMessage() {}
+
+func (x *IndexHash) ProtoReflect() protoreflect.Message {
+	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IndexHash.ProtoReflect.Descriptor instead.
+func (*IndexHash) Descriptor() ([]byte, []int) {
+	return file_wasmatrix_v1_cluster_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *IndexHash) GetIndex() uint64 {
+	if x != nil {
+		return x.Index
+	}
+	return 0
+}
+
+func (x *IndexHash) GetHash() string {
+	if x != nil {
+		return x.Hash
+	}
+	return ""
+}
+
+// StateHashResponse is what a peer knows of the hashes of its state.
+type StateHashResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The peer that answers.
+	PeerId string `protobuf:"bytes,1,opt,name=peer_id,json=peerId,proto3" json:"peer_id,omitempty"`
+	// The cluster's identity.
+	ClusterId string `protobuf:"bytes,2,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	// The last index that reached its state.
+	Index uint64 `protobuf:"varint,3,opt,name=index,proto3" json:"index,omitempty"`
+	// The hashes, of those indexes that it has applied and still remembers.
+	Hashes        []*IndexHash `protobuf:"bytes,4,rep,name=hashes,proto3" json:"hashes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StateHashResponse) Reset() {
+	*x = StateHashResponse{}
+	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StateHashResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StateHashResponse) ProtoMessage() {}
+
+func (x *StateHashResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StateHashResponse.ProtoReflect.Descriptor instead.
+func (*StateHashResponse) Descriptor() ([]byte, []int) {
+	return file_wasmatrix_v1_cluster_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *StateHashResponse) GetPeerId() string {
+	if x != nil {
+		return x.PeerId
+	}
+	return ""
+}
+
+func (x *StateHashResponse) GetClusterId() string {
+	if x != nil {
+		return x.ClusterId
+	}
+	return ""
+}
+
+func (x *StateHashResponse) GetIndex() uint64 {
+	if x != nil {
+		return x.Index
+	}
+	return 0
+}
+
+func (x *StateHashResponse) GetHashes() []*IndexHash {
+	if x != nil {
+		return x.Hashes
+	}
+	return nil
+}
+
 var File_wasmatrix_v1_cluster_proto protoreflect.FileDescriptor
 
 const file_wasmatrix_v1_cluster_proto_rawDesc = "" +
@@ -1288,7 +1481,7 @@ const file_wasmatrix_v1_cluster_proto_rawDesc = "" +
 	"\x05alive\x18\x06 \x01(\bR\x05alive\x12\x12\n" +
 	"\x04self\x18\a \x01(\bR\x04self\x12\x18\n" +
 	"\amessage\x18\b \x01(\tR\amessage\"\x0f\n" +
-	"\rStatusRequest\"\xac\x06\n" +
+	"\rStatusRequest\"\xcb\x06\n" +
 	"\x0eStatusResponse\x12\x17\n" +
 	"\apeer_id\x18\x01 \x01(\tR\x06peerId\x12\x18\n" +
 	"\acluster\x18\x02 \x01(\tR\acluster\x12\x1b\n" +
@@ -1311,19 +1504,23 @@ const file_wasmatrix_v1_cluster_proto_rawDesc = "" +
 	"\aversion\x18\x0f \x01(\tR\aversion\x12\x1d\n" +
 	"\n" +
 	"state_hash\x18\x10 \x01(\tR\tstateHash\x12@\n" +
-	"\x0ewithout_leader\x18\x11 \x01(\v2\x19.google.protobuf.DurationR\rwithoutLeader\x1a<\n" +
+	"\x0ewithout_leader\x18\x11 \x01(\v2\x19.google.protobuf.DurationR\rwithoutLeader\x12\x1d\n" +
+	"\n" +
+	"cluster_id\x18\x1e \x01(\tR\tclusterId\x1a<\n" +
 	"\x0eInstancesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\rR\x05value:\x028\x01\x1a<\n" +
 	"\x0eProvidersEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\rR\x05value:\x028\x01\"\xc6\x01\n" +
+	"\x05value\x18\x02 \x01(\rR\x05value:\x028\x01\"\xe5\x01\n" +
 	"\vJoinRequest\x12D\n" +
 	"\apeer_id\x18\x01 \x01(\tB+\xbaH(r&2$^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$R\x06peerId\x12*\n" +
 	"\fraft_address\x18\x02 \x01(\tB\a\xbaH\x04r\x02\x10\x03R\vraftAddress\x12(\n" +
 	"\vapi_address\x18\x03 \x01(\tB\a\xbaH\x04r\x02\x10\x03R\n" +
 	"apiAddress\x12\x1b\n" +
-	"\tnon_voter\x18\x04 \x01(\bR\bnonVoter\"$\n" +
+	"\tnon_voter\x18\x04 \x01(\bR\bnonVoter\x12\x1d\n" +
+	"\n" +
+	"cluster_id\x18\x0f \x01(\tR\tclusterId\"$\n" +
 	"\fJoinResponse\x12\x14\n" +
 	"\x05index\x18\x01 \x01(\x04R\x05index\"G\n" +
 	"\rRemoveRequest\x12 \n" +
@@ -1365,7 +1562,18 @@ const file_wasmatrix_v1_cluster_proto_rawDesc = "" +
 	"apiAddress\x12)\n" +
 	"\x10bootstrap_expect\x18\x05 \x01(\rR\x0fbootstrapExpect\x12\"\n" +
 	"\fbootstrapped\x18\x06 \x01(\bR\fbootstrapped\x12\x18\n" +
-	"\aversion\x18\a \x01(\tR\aversion2\xc5\x04\n" +
+	"\aversion\x18\a \x01(\tR\aversion\"6\n" +
+	"\x10StateHashRequest\x12\"\n" +
+	"\aindexes\x18\x01 \x03(\x04B\b\xbaH\x05\x92\x01\x02\x10@R\aindexes\"5\n" +
+	"\tIndexHash\x12\x14\n" +
+	"\x05index\x18\x01 \x01(\x04R\x05index\x12\x12\n" +
+	"\x04hash\x18\x02 \x01(\tR\x04hash\"\x92\x01\n" +
+	"\x11StateHashResponse\x12\x17\n" +
+	"\apeer_id\x18\x01 \x01(\tR\x06peerId\x12\x1d\n" +
+	"\n" +
+	"cluster_id\x18\x02 \x01(\tR\tclusterId\x12\x14\n" +
+	"\x05index\x18\x03 \x01(\x04R\x05index\x12/\n" +
+	"\x06hashes\x18\x04 \x03(\v2\x17.wasmatrix.v1.IndexHashR\x06hashes2\x93\x05\n" +
 	"\x0eClusterService\x12C\n" +
 	"\x06Status\x12\x1b.wasmatrix.v1.StatusRequest\x1a\x1c.wasmatrix.v1.StatusResponse\x12=\n" +
 	"\x04Join\x12\x19.wasmatrix.v1.JoinRequest\x1a\x1a.wasmatrix.v1.JoinResponse\x12C\n" +
@@ -1373,7 +1581,8 @@ const file_wasmatrix_v1_cluster_proto_rawDesc = "" +
 	"\aPromote\x12\x1c.wasmatrix.v1.PromoteRequest\x1a\x1d.wasmatrix.v1.PromoteResponse\x12g\n" +
 	"\x12TransferLeadership\x12'.wasmatrix.v1.TransferLeadershipRequest\x1a(.wasmatrix.v1.TransferLeadershipResponse\x12W\n" +
 	"\fSnapshotSave\x12!.wasmatrix.v1.SnapshotSaveRequest\x1a\".wasmatrix.v1.SnapshotSaveResponse0\x01\x12`\n" +
-	"\x0fSnapshotRestore\x12$.wasmatrix.v1.SnapshotRestoreRequest\x1a%.wasmatrix.v1.SnapshotRestoreResponse(\x012\xb6\x01\n" +
+	"\x0fSnapshotRestore\x12$.wasmatrix.v1.SnapshotRestoreRequest\x1a%.wasmatrix.v1.SnapshotRestoreResponse(\x01\x12L\n" +
+	"\tStateHash\x12\x1e.wasmatrix.v1.StateHashRequest\x1a\x1f.wasmatrix.v1.StateHashResponse2\xb6\x01\n" +
 	"\vPeerService\x12T\n" +
 	"\vStoreModule\x12 .wasmatrix.v1.StoreModuleRequest\x1a!.wasmatrix.v1.StoreModuleResponse(\x01\x12Q\n" +
 	"\n" +
@@ -1391,7 +1600,7 @@ func file_wasmatrix_v1_cluster_proto_rawDescGZIP() []byte {
 	return file_wasmatrix_v1_cluster_proto_rawDescData
 }
 
-var file_wasmatrix_v1_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
+var file_wasmatrix_v1_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
 var file_wasmatrix_v1_cluster_proto_goTypes = []any{
 	(*PeerStatus)(nil),                 // 0: wasmatrix.v1.PeerStatus
 	(*StatusRequest)(nil),              // 1: wasmatrix.v1.StatusRequest
@@ -1413,40 +1622,46 @@ var file_wasmatrix_v1_cluster_proto_goTypes = []any{
 	(*ReadModuleRequest)(nil),          // 17: wasmatrix.v1.ReadModuleRequest
 	(*ReadModuleResponse)(nil),         // 18: wasmatrix.v1.ReadModuleResponse
 	(*PeerMetadata)(nil),               // 19: wasmatrix.v1.PeerMetadata
-	nil,                                // 20: wasmatrix.v1.StatusResponse.InstancesEntry
-	nil,                                // 21: wasmatrix.v1.StatusResponse.ProvidersEntry
-	(*durationpb.Duration)(nil),        // 22: google.protobuf.Duration
-	(*Module)(nil),                     // 23: wasmatrix.v1.Module
+	(*StateHashRequest)(nil),           // 20: wasmatrix.v1.StateHashRequest
+	(*IndexHash)(nil),                  // 21: wasmatrix.v1.IndexHash
+	(*StateHashResponse)(nil),          // 22: wasmatrix.v1.StateHashResponse
+	nil,                                // 23: wasmatrix.v1.StatusResponse.InstancesEntry
+	nil,                                // 24: wasmatrix.v1.StatusResponse.ProvidersEntry
+	(*durationpb.Duration)(nil),        // 25: google.protobuf.Duration
+	(*Module)(nil),                     // 26: wasmatrix.v1.Module
 }
 var file_wasmatrix_v1_cluster_proto_depIdxs = []int32{
 	0,  // 0: wasmatrix.v1.StatusResponse.peers:type_name -> wasmatrix.v1.PeerStatus
-	20, // 1: wasmatrix.v1.StatusResponse.instances:type_name -> wasmatrix.v1.StatusResponse.InstancesEntry
-	21, // 2: wasmatrix.v1.StatusResponse.providers:type_name -> wasmatrix.v1.StatusResponse.ProvidersEntry
-	22, // 3: wasmatrix.v1.StatusResponse.without_leader:type_name -> google.protobuf.Duration
-	23, // 4: wasmatrix.v1.StoreModuleRequest.module:type_name -> wasmatrix.v1.Module
-	1,  // 5: wasmatrix.v1.ClusterService.Status:input_type -> wasmatrix.v1.StatusRequest
-	3,  // 6: wasmatrix.v1.ClusterService.Join:input_type -> wasmatrix.v1.JoinRequest
-	5,  // 7: wasmatrix.v1.ClusterService.Remove:input_type -> wasmatrix.v1.RemoveRequest
-	7,  // 8: wasmatrix.v1.ClusterService.Promote:input_type -> wasmatrix.v1.PromoteRequest
-	9,  // 9: wasmatrix.v1.ClusterService.TransferLeadership:input_type -> wasmatrix.v1.TransferLeadershipRequest
-	11, // 10: wasmatrix.v1.ClusterService.SnapshotSave:input_type -> wasmatrix.v1.SnapshotSaveRequest
-	13, // 11: wasmatrix.v1.ClusterService.SnapshotRestore:input_type -> wasmatrix.v1.SnapshotRestoreRequest
-	15, // 12: wasmatrix.v1.PeerService.StoreModule:input_type -> wasmatrix.v1.StoreModuleRequest
-	17, // 13: wasmatrix.v1.PeerService.ReadModule:input_type -> wasmatrix.v1.ReadModuleRequest
-	2,  // 14: wasmatrix.v1.ClusterService.Status:output_type -> wasmatrix.v1.StatusResponse
-	4,  // 15: wasmatrix.v1.ClusterService.Join:output_type -> wasmatrix.v1.JoinResponse
-	6,  // 16: wasmatrix.v1.ClusterService.Remove:output_type -> wasmatrix.v1.RemoveResponse
-	8,  // 17: wasmatrix.v1.ClusterService.Promote:output_type -> wasmatrix.v1.PromoteResponse
-	10, // 18: wasmatrix.v1.ClusterService.TransferLeadership:output_type -> wasmatrix.v1.TransferLeadershipResponse
-	12, // 19: wasmatrix.v1.ClusterService.SnapshotSave:output_type -> wasmatrix.v1.SnapshotSaveResponse
-	14, // 20: wasmatrix.v1.ClusterService.SnapshotRestore:output_type -> wasmatrix.v1.SnapshotRestoreResponse
-	16, // 21: wasmatrix.v1.PeerService.StoreModule:output_type -> wasmatrix.v1.StoreModuleResponse
-	18, // 22: wasmatrix.v1.PeerService.ReadModule:output_type -> wasmatrix.v1.ReadModuleResponse
-	14, // [14:23] is the sub-list for method output_type
-	5,  // [5:14] is the sub-list for method input_type
-	5,  // [5:5] is the sub-list for extension type_name
-	5,  // [5:5] is the sub-list for extension extendee
-	0,  // [0:5] is the sub-list for field type_name
+	23, // 1: wasmatrix.v1.StatusResponse.instances:type_name -> wasmatrix.v1.StatusResponse.InstancesEntry
+	24, // 2: wasmatrix.v1.StatusResponse.providers:type_name -> wasmatrix.v1.StatusResponse.ProvidersEntry
+	25, // 3: wasmatrix.v1.StatusResponse.without_leader:type_name -> google.protobuf.Duration
+	26, // 4: wasmatrix.v1.StoreModuleRequest.module:type_name -> wasmatrix.v1.Module
+	21, // 5: wasmatrix.v1.StateHashResponse.hashes:type_name -> wasmatrix.v1.IndexHash
+	1,  // 6: wasmatrix.v1.ClusterService.Status:input_type -> wasmatrix.v1.StatusRequest
+	3,  // 7: wasmatrix.v1.ClusterService.Join:input_type -> wasmatrix.v1.JoinRequest
+	5,  // 8: wasmatrix.v1.ClusterService.Remove:input_type -> wasmatrix.v1.RemoveRequest
+	7,  // 9: wasmatrix.v1.ClusterService.Promote:input_type -> wasmatrix.v1.PromoteRequest
+	9,  // 10: wasmatrix.v1.ClusterService.TransferLeadership:input_type -> wasmatrix.v1.TransferLeadershipRequest
+	11, // 11: wasmatrix.v1.ClusterService.SnapshotSave:input_type -> wasmatrix.v1.SnapshotSaveRequest
+	13, // 12: wasmatrix.v1.ClusterService.SnapshotRestore:input_type -> wasmatrix.v1.SnapshotRestoreRequest
+	20, // 13: wasmatrix.v1.ClusterService.StateHash:input_type -> wasmatrix.v1.StateHashRequest
+	15, // 14: wasmatrix.v1.PeerService.StoreModule:input_type -> wasmatrix.v1.StoreModuleRequest
+	17, // 15: wasmatrix.v1.PeerService.ReadModule:input_type -> wasmatrix.v1.ReadModuleRequest
+	2,  // 16: wasmatrix.v1.ClusterService.Status:output_type -> wasmatrix.v1.StatusResponse
+	4,  // 17: wasmatrix.v1.ClusterService.Join:output_type -> wasmatrix.v1.JoinResponse
+	6,  // 18: wasmatrix.v1.ClusterService.Remove:output_type -> wasmatrix.v1.RemoveResponse
+	8,  // 19: wasmatrix.v1.ClusterService.Promote:output_type -> wasmatrix.v1.PromoteResponse
+	10, // 20: wasmatrix.v1.ClusterService.TransferLeadership:output_type -> wasmatrix.v1.TransferLeadershipResponse
+	12, // 21: wasmatrix.v1.ClusterService.SnapshotSave:output_type -> wasmatrix.v1.SnapshotSaveResponse
+	14, // 22: wasmatrix.v1.ClusterService.SnapshotRestore:output_type -> wasmatrix.v1.SnapshotRestoreResponse
+	22, // 23: wasmatrix.v1.ClusterService.StateHash:output_type -> wasmatrix.v1.StateHashResponse
+	16, // 24: wasmatrix.v1.PeerService.StoreModule:output_type -> wasmatrix.v1.StoreModuleResponse
+	18, // 25: wasmatrix.v1.PeerService.ReadModule:output_type -> wasmatrix.v1.ReadModuleResponse
+	16, // [16:26] is the sub-list for method output_type
+	6,  // [6:16] is the sub-list for method input_type
+	6,  // [6:6] is the sub-list for extension type_name
+	6,  // [6:6] is the sub-list for extension extendee
+	0,  // [0:6] is the sub-list for field type_name
 }
 
 func init() { file_wasmatrix_v1_cluster_proto_init() }
@@ -1465,7 +1680,7 @@ func file_wasmatrix_v1_cluster_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_wasmatrix_v1_cluster_proto_rawDesc), len(file_wasmatrix_v1_cluster_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   22,
+			NumMessages:   25,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

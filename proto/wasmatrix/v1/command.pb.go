@@ -9,6 +9,7 @@ package wasmatrixv1
 import (
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
+	durationpb "google.golang.org/protobuf/types/known/durationpb"
 	timestamppb "google.golang.org/protobuf/types/known/timestamppb"
 	reflect "reflect"
 	sync "sync"
@@ -37,6 +38,10 @@ type Command struct {
 	CorrelationId string `protobuf:"bytes,4,opt,name=correlation_id,json=correlationId,proto3" json:"correlation_id,omitempty"`
 	// Who asked: a user, a node, or a duty of the leader.
 	Actor string `protobuf:"bytes,5,opt,name=actor,proto3" json:"actor,omitempty"`
+	// The client session that the request belongs to; unset for none. Then request_id is set.
+	Session *CommandSession `protobuf:"bytes,6,opt,name=session,proto3" json:"session,omitempty"`
+	// What must hold for it to be done; all of them.
+	Preconditions []*Precondition `protobuf:"bytes,7,rep,name=preconditions,proto3" json:"preconditions,omitempty"`
 	// What to do.
 	//
 	// Types that are valid to be assigned to Payload:
@@ -59,6 +64,8 @@ type Command struct {
 	//	*Command_SetProviderRunning
 	//	*Command_UpdateProvider
 	//	*Command_DeregisterProvider
+	//	*Command_OpenSession
+	//	*Command_InitCluster
 	Payload       isCommand_Payload `protobuf_oneof:"payload"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -127,6 +134,20 @@ func (x *Command) GetActor() string {
 		return x.Actor
 	}
 	return ""
+}
+
+func (x *Command) GetSession() *CommandSession {
+	if x != nil {
+		return x.Session
+	}
+	return nil
+}
+
+func (x *Command) GetPreconditions() []*Precondition {
+	if x != nil {
+		return x.Preconditions
+	}
+	return nil
 }
 
 func (x *Command) GetPayload() isCommand_Payload {
@@ -298,6 +319,24 @@ func (x *Command) GetDeregisterProvider() *DeregisterProviderCommand {
 	return nil
 }
 
+func (x *Command) GetOpenSession() *OpenSessionCommand {
+	if x != nil {
+		if x, ok := x.Payload.(*Command_OpenSession); ok {
+			return x.OpenSession
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetInitCluster() *InitClusterCommand {
+	if x != nil {
+		if x, ok := x.Payload.(*Command_InitCluster); ok {
+			return x.InitCluster
+		}
+	}
+	return nil
+}
+
 type isCommand_Payload interface {
 	isCommand_Payload()
 }
@@ -392,6 +431,16 @@ type Command_DeregisterProvider struct {
 	DeregisterProvider *DeregisterProviderCommand `protobuf:"bytes,63,opt,name=deregister_provider,json=deregisterProvider,proto3,oneof"`
 }
 
+type Command_OpenSession struct {
+	// A client begins a session.
+	OpenSession *OpenSessionCommand `protobuf:"bytes,70,opt,name=open_session,json=openSession,proto3,oneof"`
+}
+
+type Command_InitCluster struct {
+	// The cluster gets its identity.
+	InitCluster *InitClusterCommand `protobuf:"bytes,71,opt,name=init_cluster,json=initCluster,proto3,oneof"`
+}
+
 func (*Command_RegisterNode) isCommand_Payload() {}
 
 func (*Command_ExpireNode) isCommand_Payload() {}
@@ -428,6 +477,322 @@ func (*Command_UpdateProvider) isCommand_Payload() {}
 
 func (*Command_DeregisterProvider) isCommand_Payload() {}
 
+func (*Command_OpenSession) isCommand_Payload() {}
+
+func (*Command_InitCluster) isCommand_Payload() {}
+
+// CommandSession places a request within a client session.
+type CommandSession struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The session's id.
+	Id string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// The number of the request within the session, from 1; a repetition has the number of the first.
+	Sequence uint64 `protobuf:"varint,2,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	// The client has the answers to all requests below this number and will not repeat them.
+	FirstOutstanding uint64 `protobuf:"varint,3,opt,name=first_outstanding,json=firstOutstanding,proto3" json:"first_outstanding,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
+}
+
+func (x *CommandSession) Reset() {
+	*x = CommandSession{}
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CommandSession) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CommandSession) ProtoMessage() {}
+
+func (x *CommandSession) ProtoReflect() protoreflect.Message {
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CommandSession.ProtoReflect.Descriptor instead.
+func (*CommandSession) Descriptor() ([]byte, []int) {
+	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *CommandSession) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *CommandSession) GetSequence() uint64 {
+	if x != nil {
+		return x.Sequence
+	}
+	return 0
+}
+
+func (x *CommandSession) GetFirstOutstanding() uint64 {
+	if x != nil {
+		return x.FirstOutstanding
+	}
+	return 0
+}
+
+// Precondition is what a command expects of one record.
+type Precondition struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Which record.
+	//
+	// Types that are valid to be assigned to Record:
+	//
+	//	*Precondition_InstanceId
+	//	*Precondition_Workload
+	//	*Precondition_ProviderId
+	//	*Precondition_NodeId
+	//	*Precondition_Assignment
+	Record isPrecondition_Record `protobuf_oneof:"record"`
+	// The modified_index that it must have; 0 means that it must not exist.
+	ModifiedIndex uint64 `protobuf:"varint,6,opt,name=modified_index,json=modifiedIndex,proto3" json:"modified_index,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Precondition) Reset() {
+	*x = Precondition{}
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Precondition) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Precondition) ProtoMessage() {}
+
+func (x *Precondition) ProtoReflect() protoreflect.Message {
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Precondition.ProtoReflect.Descriptor instead.
+func (*Precondition) Descriptor() ([]byte, []int) {
+	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *Precondition) GetRecord() isPrecondition_Record {
+	if x != nil {
+		return x.Record
+	}
+	return nil
+}
+
+func (x *Precondition) GetInstanceId() string {
+	if x != nil {
+		if x, ok := x.Record.(*Precondition_InstanceId); ok {
+			return x.InstanceId
+		}
+	}
+	return ""
+}
+
+func (x *Precondition) GetWorkload() string {
+	if x != nil {
+		if x, ok := x.Record.(*Precondition_Workload); ok {
+			return x.Workload
+		}
+	}
+	return ""
+}
+
+func (x *Precondition) GetProviderId() string {
+	if x != nil {
+		if x, ok := x.Record.(*Precondition_ProviderId); ok {
+			return x.ProviderId
+		}
+	}
+	return ""
+}
+
+func (x *Precondition) GetNodeId() string {
+	if x != nil {
+		if x, ok := x.Record.(*Precondition_NodeId); ok {
+			return x.NodeId
+		}
+	}
+	return ""
+}
+
+func (x *Precondition) GetAssignment() *AssignmentKey {
+	if x != nil {
+		if x, ok := x.Record.(*Precondition_Assignment); ok {
+			return x.Assignment
+		}
+	}
+	return nil
+}
+
+func (x *Precondition) GetModifiedIndex() uint64 {
+	if x != nil {
+		return x.ModifiedIndex
+	}
+	return 0
+}
+
+type isPrecondition_Record interface {
+	isPrecondition_Record()
+}
+
+type Precondition_InstanceId struct {
+	// The instance with this id.
+	InstanceId string `protobuf:"bytes,1,opt,name=instance_id,json=instanceId,proto3,oneof"`
+}
+
+type Precondition_Workload struct {
+	// The instances with this name; only to be expected absent.
+	Workload string `protobuf:"bytes,2,opt,name=workload,proto3,oneof"`
+}
+
+type Precondition_ProviderId struct {
+	// The provider with this id.
+	ProviderId string `protobuf:"bytes,3,opt,name=provider_id,json=providerId,proto3,oneof"`
+}
+
+type Precondition_NodeId struct {
+	// The node with this id.
+	NodeId string `protobuf:"bytes,4,opt,name=node_id,json=nodeId,proto3,oneof"`
+}
+
+type Precondition_Assignment struct {
+	// The assignment of this instance to this provider.
+	Assignment *AssignmentKey `protobuf:"bytes,5,opt,name=assignment,proto3,oneof"`
+}
+
+func (*Precondition_InstanceId) isPrecondition_Record() {}
+
+func (*Precondition_Workload) isPrecondition_Record() {}
+
+func (*Precondition_ProviderId) isPrecondition_Record() {}
+
+func (*Precondition_NodeId) isPrecondition_Record() {}
+
+func (*Precondition_Assignment) isPrecondition_Record() {}
+
+// OpenSessionCommand begins a client session.
+type OpenSessionCommand struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The id of the session; nobody has used it before.
+	SessionId string `protobuf:"bytes,1,opt,name=session_id,json=sessionId,proto3" json:"session_id,omitempty"`
+	// For how long without a request it is kept.
+	IdleTimeout   *durationpb.Duration `protobuf:"bytes,2,opt,name=idle_timeout,json=idleTimeout,proto3" json:"idle_timeout,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OpenSessionCommand) Reset() {
+	*x = OpenSessionCommand{}
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OpenSessionCommand) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OpenSessionCommand) ProtoMessage() {}
+
+func (x *OpenSessionCommand) ProtoReflect() protoreflect.Message {
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OpenSessionCommand.ProtoReflect.Descriptor instead.
+func (*OpenSessionCommand) Descriptor() ([]byte, []int) {
+	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *OpenSessionCommand) GetSessionId() string {
+	if x != nil {
+		return x.SessionId
+	}
+	return ""
+}
+
+func (x *OpenSessionCommand) GetIdleTimeout() *durationpb.Duration {
+	if x != nil {
+		return x.IdleTimeout
+	}
+	return nil
+}
+
+// InitClusterCommand gives the cluster its identity, once.
+type InitClusterCommand struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Random; tells this cluster from others of the same name.
+	ClusterId     string `protobuf:"bytes,1,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *InitClusterCommand) Reset() {
+	*x = InitClusterCommand{}
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *InitClusterCommand) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*InitClusterCommand) ProtoMessage() {}
+
+func (x *InitClusterCommand) ProtoReflect() protoreflect.Message {
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use InitClusterCommand.ProtoReflect.Descriptor instead.
+func (*InitClusterCommand) Descriptor() ([]byte, []int) {
+	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *InitClusterCommand) GetClusterId() string {
+	if x != nil {
+		return x.ClusterId
+	}
+	return ""
+}
+
 // RegisterNodeCommand opens an agent's session.
 type RegisterNodeCommand struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -443,7 +808,7 @@ type RegisterNodeCommand struct {
 
 func (x *RegisterNodeCommand) Reset() {
 	*x = RegisterNodeCommand{}
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[1]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -455,7 +820,7 @@ func (x *RegisterNodeCommand) String() string {
 func (*RegisterNodeCommand) ProtoMessage() {}
 
 func (x *RegisterNodeCommand) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[1]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -468,7 +833,7 @@ func (x *RegisterNodeCommand) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterNodeCommand.ProtoReflect.Descriptor instead.
 func (*RegisterNodeCommand) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{1}
+	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *RegisterNodeCommand) GetInfo() *NodeInfo {
@@ -505,7 +870,7 @@ type ExpireNodeCommand struct {
 
 func (x *ExpireNodeCommand) Reset() {
 	*x = ExpireNodeCommand{}
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[2]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -517,7 +882,7 @@ func (x *ExpireNodeCommand) String() string {
 func (*ExpireNodeCommand) ProtoMessage() {}
 
 func (x *ExpireNodeCommand) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[2]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -530,7 +895,7 @@ func (x *ExpireNodeCommand) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExpireNodeCommand.ProtoReflect.Descriptor instead.
 func (*ExpireNodeCommand) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{2}
+	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *ExpireNodeCommand) GetNodeId() string {
@@ -560,7 +925,7 @@ type DrainNodeCommand struct {
 
 func (x *DrainNodeCommand) Reset() {
 	*x = DrainNodeCommand{}
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[3]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -572,7 +937,7 @@ func (x *DrainNodeCommand) String() string {
 func (*DrainNodeCommand) ProtoMessage() {}
 
 func (x *DrainNodeCommand) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[3]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -585,7 +950,7 @@ func (x *DrainNodeCommand) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DrainNodeCommand.ProtoReflect.Descriptor instead.
 func (*DrainNodeCommand) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{3}
+	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *DrainNodeCommand) GetNodeId() string {
@@ -613,7 +978,7 @@ type PutPeerCommand struct {
 
 func (x *PutPeerCommand) Reset() {
 	*x = PutPeerCommand{}
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[4]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -625,7 +990,7 @@ func (x *PutPeerCommand) String() string {
 func (*PutPeerCommand) ProtoMessage() {}
 
 func (x *PutPeerCommand) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[4]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -638,7 +1003,7 @@ func (x *PutPeerCommand) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutPeerCommand.ProtoReflect.Descriptor instead.
 func (*PutPeerCommand) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{4}
+	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *PutPeerCommand) GetPeer() *Peer {
@@ -659,7 +1024,7 @@ type RemovePeerCommand struct {
 
 func (x *RemovePeerCommand) Reset() {
 	*x = RemovePeerCommand{}
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[5]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -671,7 +1036,7 @@ func (x *RemovePeerCommand) String() string {
 func (*RemovePeerCommand) ProtoMessage() {}
 
 func (x *RemovePeerCommand) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[5]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -684,7 +1049,7 @@ func (x *RemovePeerCommand) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemovePeerCommand.ProtoReflect.Descriptor instead.
 func (*RemovePeerCommand) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{5}
+	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *RemovePeerCommand) GetPeerId() string {
@@ -705,7 +1070,7 @@ type PutModuleCommand struct {
 
 func (x *PutModuleCommand) Reset() {
 	*x = PutModuleCommand{}
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[6]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -717,7 +1082,7 @@ func (x *PutModuleCommand) String() string {
 func (*PutModuleCommand) ProtoMessage() {}
 
 func (x *PutModuleCommand) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[6]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -730,7 +1095,7 @@ func (x *PutModuleCommand) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutModuleCommand.ProtoReflect.Descriptor instead.
 func (*PutModuleCommand) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{6}
+	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *PutModuleCommand) GetModule() *Module {
@@ -753,7 +1118,7 @@ type CreateInstancesCommand struct {
 
 func (x *CreateInstancesCommand) Reset() {
 	*x = CreateInstancesCommand{}
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[7]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -765,7 +1130,7 @@ func (x *CreateInstancesCommand) String() string {
 func (*CreateInstancesCommand) ProtoMessage() {}
 
 func (x *CreateInstancesCommand) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[7]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -778,7 +1143,7 @@ func (x *CreateInstancesCommand) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateInstancesCommand.ProtoReflect.Descriptor instead.
 func (*CreateInstancesCommand) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{7}
+	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *CreateInstancesCommand) GetSpec() *WorkloadSpec {
@@ -806,7 +1171,7 @@ type StopInstancesCommand struct {
 
 func (x *StopInstancesCommand) Reset() {
 	*x = StopInstancesCommand{}
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[8]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -818,7 +1183,7 @@ func (x *StopInstancesCommand) String() string {
 func (*StopInstancesCommand) ProtoMessage() {}
 
 func (x *StopInstancesCommand) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[8]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -831,7 +1196,7 @@ func (x *StopInstancesCommand) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopInstancesCommand.ProtoReflect.Descriptor instead.
 func (*StopInstancesCommand) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{8}
+	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *StopInstancesCommand) GetInstanceIds() []string {
@@ -852,7 +1217,7 @@ type RestartInstancesCommand struct {
 
 func (x *RestartInstancesCommand) Reset() {
 	*x = RestartInstancesCommand{}
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[9]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -864,7 +1229,7 @@ func (x *RestartInstancesCommand) String() string {
 func (*RestartInstancesCommand) ProtoMessage() {}
 
 func (x *RestartInstancesCommand) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[9]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -877,7 +1242,7 @@ func (x *RestartInstancesCommand) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestartInstancesCommand.ProtoReflect.Descriptor instead.
 func (*RestartInstancesCommand) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{9}
+	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *RestartInstancesCommand) GetInstanceIds() []string {
@@ -900,7 +1265,7 @@ type RemoveInstancesCommand struct {
 
 func (x *RemoveInstancesCommand) Reset() {
 	*x = RemoveInstancesCommand{}
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[10]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -912,7 +1277,7 @@ func (x *RemoveInstancesCommand) String() string {
 func (*RemoveInstancesCommand) ProtoMessage() {}
 
 func (x *RemoveInstancesCommand) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[10]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -925,7 +1290,7 @@ func (x *RemoveInstancesCommand) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveInstancesCommand.ProtoReflect.Descriptor instead.
 func (*RemoveInstancesCommand) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{10}
+	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *RemoveInstancesCommand) GetInstanceIds() []string {
@@ -963,7 +1328,7 @@ type PlaceDecision struct {
 
 func (x *PlaceDecision) Reset() {
 	*x = PlaceDecision{}
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[11]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -975,7 +1340,7 @@ func (x *PlaceDecision) String() string {
 func (*PlaceDecision) ProtoMessage() {}
 
 func (x *PlaceDecision) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[11]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -988,7 +1353,7 @@ func (x *PlaceDecision) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlaceDecision.ProtoReflect.Descriptor instead.
 func (*PlaceDecision) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{11}
+	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *PlaceDecision) GetInstanceId() string {
@@ -1044,7 +1409,7 @@ type PlaceCommand struct {
 
 func (x *PlaceCommand) Reset() {
 	*x = PlaceCommand{}
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[12]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1056,7 +1421,7 @@ func (x *PlaceCommand) String() string {
 func (*PlaceCommand) ProtoMessage() {}
 
 func (x *PlaceCommand) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[12]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1069,7 +1434,7 @@ func (x *PlaceCommand) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlaceCommand.ProtoReflect.Descriptor instead.
 func (*PlaceCommand) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{12}
+	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *PlaceCommand) GetDecisions() []*PlaceDecision {
@@ -1092,7 +1457,7 @@ type AssignCapabilityCommand struct {
 
 func (x *AssignCapabilityCommand) Reset() {
 	*x = AssignCapabilityCommand{}
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[13]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1104,7 +1469,7 @@ func (x *AssignCapabilityCommand) String() string {
 func (*AssignCapabilityCommand) ProtoMessage() {}
 
 func (x *AssignCapabilityCommand) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[13]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1117,7 +1482,7 @@ func (x *AssignCapabilityCommand) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AssignCapabilityCommand.ProtoReflect.Descriptor instead.
 func (*AssignCapabilityCommand) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{13}
+	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *AssignCapabilityCommand) GetInstanceIds() []string {
@@ -1149,7 +1514,7 @@ type RevokeCapabilityCommand struct {
 
 func (x *RevokeCapabilityCommand) Reset() {
 	*x = RevokeCapabilityCommand{}
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[14]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1161,7 +1526,7 @@ func (x *RevokeCapabilityCommand) String() string {
 func (*RevokeCapabilityCommand) ProtoMessage() {}
 
 func (x *RevokeCapabilityCommand) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[14]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1174,7 +1539,7 @@ func (x *RevokeCapabilityCommand) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeCapabilityCommand.ProtoReflect.Descriptor instead.
 func (*RevokeCapabilityCommand) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{14}
+	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *RevokeCapabilityCommand) GetInstanceIds() []string {
@@ -1209,7 +1574,7 @@ type RegisterProviderCommand struct {
 
 func (x *RegisterProviderCommand) Reset() {
 	*x = RegisterProviderCommand{}
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[15]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1221,7 +1586,7 @@ func (x *RegisterProviderCommand) String() string {
 func (*RegisterProviderCommand) ProtoMessage() {}
 
 func (x *RegisterProviderCommand) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[15]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1234,7 +1599,7 @@ func (x *RegisterProviderCommand) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterProviderCommand.ProtoReflect.Descriptor instead.
 func (*RegisterProviderCommand) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{15}
+	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *RegisterProviderCommand) GetSpec() *ProviderSpec {
@@ -1257,7 +1622,7 @@ type SetProviderRunningCommand struct {
 
 func (x *SetProviderRunningCommand) Reset() {
 	*x = SetProviderRunningCommand{}
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[16]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1269,7 +1634,7 @@ func (x *SetProviderRunningCommand) String() string {
 func (*SetProviderRunningCommand) ProtoMessage() {}
 
 func (x *SetProviderRunningCommand) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[16]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1282,7 +1647,7 @@ func (x *SetProviderRunningCommand) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetProviderRunningCommand.ProtoReflect.Descriptor instead.
 func (*SetProviderRunningCommand) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{16}
+	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *SetProviderRunningCommand) GetProviderId() string {
@@ -1310,7 +1675,7 @@ type UpdateProviderCommand struct {
 
 func (x *UpdateProviderCommand) Reset() {
 	*x = UpdateProviderCommand{}
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[17]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1322,7 +1687,7 @@ func (x *UpdateProviderCommand) String() string {
 func (*UpdateProviderCommand) ProtoMessage() {}
 
 func (x *UpdateProviderCommand) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[17]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1335,7 +1700,7 @@ func (x *UpdateProviderCommand) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateProviderCommand.ProtoReflect.Descriptor instead.
 func (*UpdateProviderCommand) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{17}
+	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *UpdateProviderCommand) GetSpec() *ProviderSpec {
@@ -1356,7 +1721,7 @@ type DeregisterProviderCommand struct {
 
 func (x *DeregisterProviderCommand) Reset() {
 	*x = DeregisterProviderCommand{}
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[18]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1368,7 +1733,7 @@ func (x *DeregisterProviderCommand) String() string {
 func (*DeregisterProviderCommand) ProtoMessage() {}
 
 func (x *DeregisterProviderCommand) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[18]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1381,7 +1746,7 @@ func (x *DeregisterProviderCommand) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeregisterProviderCommand.ProtoReflect.Descriptor instead.
 func (*DeregisterProviderCommand) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{18}
+	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *DeregisterProviderCommand) GetProviderId() string {
@@ -1408,7 +1773,7 @@ type CommandResult struct {
 
 func (x *CommandResult) Reset() {
 	*x = CommandResult{}
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[19]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1420,7 +1785,7 @@ func (x *CommandResult) String() string {
 func (*CommandResult) ProtoMessage() {}
 
 func (x *CommandResult) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[19]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1433,7 +1798,7 @@ func (x *CommandResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CommandResult.ProtoReflect.Descriptor instead.
 func (*CommandResult) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{19}
+	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *CommandResult) GetIndex() uint64 {
@@ -1474,14 +1839,18 @@ type DedupRecord struct {
 	// The answer.
 	Result *CommandResult `protobuf:"bytes,3,opt,name=result,proto3" json:"result,omitempty"`
 	// When it was recorded.
-	Time          *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=time,proto3" json:"time,omitempty"`
+	Time *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=time,proto3" json:"time,omitempty"`
+	// The client session that keeps it; empty when it is kept for a time.
+	SessionId string `protobuf:"bytes,5,opt,name=session_id,json=sessionId,proto3" json:"session_id,omitempty"`
+	// The number of the request within the session.
+	Sequence      uint64 `protobuf:"varint,6,opt,name=sequence,proto3" json:"sequence,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *DedupRecord) Reset() {
 	*x = DedupRecord{}
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[20]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1493,7 +1862,7 @@ func (x *DedupRecord) String() string {
 func (*DedupRecord) ProtoMessage() {}
 
 func (x *DedupRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[20]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1506,7 +1875,7 @@ func (x *DedupRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DedupRecord.ProtoReflect.Descriptor instead.
 func (*DedupRecord) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{20}
+	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *DedupRecord) GetRequestId() string {
@@ -1537,10 +1906,106 @@ func (x *DedupRecord) GetTime() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *DedupRecord) GetSessionId() string {
+	if x != nil {
+		return x.SessionId
+	}
+	return ""
+}
+
+func (x *DedupRecord) GetSequence() uint64 {
+	if x != nil {
+		return x.Sequence
+	}
+	return 0
+}
+
+// ClientSession is a session of a client. The answers it keeps are DedupRecords.
+type ClientSession struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The session's id.
+	Id string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// Who opened it; nobody else can use it.
+	Actor string `protobuf:"bytes,2,opt,name=actor,proto3" json:"actor,omitempty"`
+	// For how long without a request it is kept.
+	IdleTimeout *durationpb.Duration `protobuf:"bytes,3,opt,name=idle_timeout,json=idleTimeout,proto3" json:"idle_timeout,omitempty"`
+	// When it was last used, a little behind at times.
+	ActiveAt *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=active_at,json=activeAt,proto3" json:"active_at,omitempty"`
+	// The answers to all requests below this number are gone.
+	FirstOutstanding uint64 `protobuf:"varint,5,opt,name=first_outstanding,json=firstOutstanding,proto3" json:"first_outstanding,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
+}
+
+func (x *ClientSession) Reset() {
+	*x = ClientSession{}
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ClientSession) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ClientSession) ProtoMessage() {}
+
+func (x *ClientSession) ProtoReflect() protoreflect.Message {
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ClientSession.ProtoReflect.Descriptor instead.
+func (*ClientSession) Descriptor() ([]byte, []int) {
+	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *ClientSession) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ClientSession) GetActor() string {
+	if x != nil {
+		return x.Actor
+	}
+	return ""
+}
+
+func (x *ClientSession) GetIdleTimeout() *durationpb.Duration {
+	if x != nil {
+		return x.IdleTimeout
+	}
+	return nil
+}
+
+func (x *ClientSession) GetActiveAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ActiveAt
+	}
+	return nil
+}
+
+func (x *ClientSession) GetFirstOutstanding() uint64 {
+	if x != nil {
+		return x.FirstOutstanding
+	}
+	return 0
+}
+
 // SnapshotHeader opens a snapshot of the state.
 type SnapshotHeader struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The version of the format; 1.
+	// The version of the format; 2. Format 1 has no sessions and no cluster_id.
 	Format uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
 	// The Raft index of the state.
 	Index uint64 `protobuf:"varint,2,opt,name=index,proto3" json:"index,omitempty"`
@@ -1550,13 +2015,15 @@ type SnapshotHeader struct {
 	Time *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=time,proto3" json:"time,omitempty"`
 	// The sequence number of the last event.
 	EventSequence uint64 `protobuf:"varint,5,opt,name=event_sequence,json=eventSequence,proto3" json:"event_sequence,omitempty"`
+	// The cluster's identity; empty before it got one.
+	ClusterId     string `protobuf:"bytes,6,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *SnapshotHeader) Reset() {
 	*x = SnapshotHeader{}
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[21]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1568,7 +2035,7 @@ func (x *SnapshotHeader) String() string {
 func (*SnapshotHeader) ProtoMessage() {}
 
 func (x *SnapshotHeader) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[21]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1581,7 +2048,7 @@ func (x *SnapshotHeader) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotHeader.ProtoReflect.Descriptor instead.
 func (*SnapshotHeader) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{21}
+	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *SnapshotHeader) GetFormat() uint32 {
@@ -1619,6 +2086,13 @@ func (x *SnapshotHeader) GetEventSequence() uint64 {
 	return 0
 }
 
+func (x *SnapshotHeader) GetClusterId() string {
+	if x != nil {
+		return x.ClusterId
+	}
+	return ""
+}
+
 // SnapshotRecord is one record of a snapshot, in a fixed order of tables and keys.
 type SnapshotRecord struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1636,6 +2110,7 @@ type SnapshotRecord struct {
 	//	*SnapshotRecord_Event
 	//	*SnapshotRecord_Dedup
 	//	*SnapshotRecord_Trailer
+	//	*SnapshotRecord_Session
 	Record        isSnapshotRecord_Record `protobuf_oneof:"record"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1643,7 +2118,7 @@ type SnapshotRecord struct {
 
 func (x *SnapshotRecord) Reset() {
 	*x = SnapshotRecord{}
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[22]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1655,7 +2130,7 @@ func (x *SnapshotRecord) String() string {
 func (*SnapshotRecord) ProtoMessage() {}
 
 func (x *SnapshotRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[22]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1668,7 +2143,7 @@ func (x *SnapshotRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotRecord.ProtoReflect.Descriptor instead.
 func (*SnapshotRecord) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{22}
+	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *SnapshotRecord) GetRecord() isSnapshotRecord_Record {
@@ -1768,6 +2243,15 @@ func (x *SnapshotRecord) GetTrailer() *SnapshotTrailer {
 	return nil
 }
 
+func (x *SnapshotRecord) GetSession() *ClientSession {
+	if x != nil {
+		if x, ok := x.Record.(*SnapshotRecord_Session); ok {
+			return x.Session
+		}
+	}
+	return nil
+}
+
 type isSnapshotRecord_Record interface {
 	isSnapshotRecord_Record()
 }
@@ -1822,6 +2306,11 @@ type SnapshotRecord_Trailer struct {
 	Trailer *SnapshotTrailer `protobuf:"bytes,10,opt,name=trailer,proto3,oneof"`
 }
 
+type SnapshotRecord_Session struct {
+	// A client session.
+	Session *ClientSession `protobuf:"bytes,11,opt,name=session,proto3,oneof"`
+}
+
 func (*SnapshotRecord_Header) isSnapshotRecord_Record() {}
 
 func (*SnapshotRecord_Node) isSnapshotRecord_Record() {}
@@ -1842,6 +2331,8 @@ func (*SnapshotRecord_Dedup) isSnapshotRecord_Record() {}
 
 func (*SnapshotRecord_Trailer) isSnapshotRecord_Record() {}
 
+func (*SnapshotRecord_Session) isSnapshotRecord_Record() {}
+
 // SnapshotTrailer closes a snapshot.
 type SnapshotTrailer struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1855,7 +2346,7 @@ type SnapshotTrailer struct {
 
 func (x *SnapshotTrailer) Reset() {
 	*x = SnapshotTrailer{}
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[23]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1867,7 +2358,7 @@ func (x *SnapshotTrailer) String() string {
 func (*SnapshotTrailer) ProtoMessage() {}
 
 func (x *SnapshotTrailer) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[23]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1880,7 +2371,7 @@ func (x *SnapshotTrailer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotTrailer.ProtoReflect.Descriptor instead.
 func (*SnapshotTrailer) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{23}
+	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *SnapshotTrailer) GetRecords() uint64 {
@@ -1901,14 +2392,16 @@ var File_wasmatrix_v1_command_proto protoreflect.FileDescriptor
 
 const file_wasmatrix_v1_command_proto_rawDesc = "" +
 	"\n" +
-	"\x1awasmatrix/v1/command.proto\x12\fwasmatrix.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18wasmatrix/v1/agent.proto\x1a\x18wasmatrix/v1/error.proto\x1a\x18wasmatrix/v1/event.proto\x1a\x1bwasmatrix/v1/instance.proto\x1a\x19wasmatrix/v1/module.proto\x1a\x17wasmatrix/v1/node.proto\x1a\x1bwasmatrix/v1/provider.proto\"\xa8\f\n" +
+	"\x1awasmatrix/v1/command.proto\x12\fwasmatrix.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18wasmatrix/v1/agent.proto\x1a\x18wasmatrix/v1/error.proto\x1a\x18wasmatrix/v1/event.proto\x1a\x1bwasmatrix/v1/instance.proto\x1a\x19wasmatrix/v1/module.proto\x1a\x17wasmatrix/v1/node.proto\x1a\x1bwasmatrix/v1/provider.proto\"\xb0\x0e\n" +
 	"\aCommand\x12\x1d\n" +
 	"\n" +
 	"request_id\x18\x01 \x01(\tR\trequestId\x12%\n" +
 	"\x0erequest_digest\x18\x02 \x01(\fR\rrequestDigest\x12.\n" +
 	"\x04time\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12%\n" +
 	"\x0ecorrelation_id\x18\x04 \x01(\tR\rcorrelationId\x12\x14\n" +
-	"\x05actor\x18\x05 \x01(\tR\x05actor\x12H\n" +
+	"\x05actor\x18\x05 \x01(\tR\x05actor\x126\n" +
+	"\asession\x18\x06 \x01(\v2\x1c.wasmatrix.v1.CommandSessionR\asession\x12@\n" +
+	"\rpreconditions\x18\a \x03(\v2\x1a.wasmatrix.v1.PreconditionR\rpreconditions\x12H\n" +
 	"\rregister_node\x18\x14 \x01(\v2!.wasmatrix.v1.RegisterNodeCommandH\x00R\fregisterNode\x12B\n" +
 	"\vexpire_node\x18\x15 \x01(\v2\x1f.wasmatrix.v1.ExpireNodeCommandH\x00R\n" +
 	"expireNode\x12?\n" +
@@ -1930,8 +2423,33 @@ const file_wasmatrix_v1_command_proto_rawDesc = "" +
 	"\x11register_provider\x18< \x01(\v2%.wasmatrix.v1.RegisterProviderCommandH\x00R\x10registerProvider\x12[\n" +
 	"\x14set_provider_running\x18= \x01(\v2'.wasmatrix.v1.SetProviderRunningCommandH\x00R\x12setProviderRunning\x12N\n" +
 	"\x0fupdate_provider\x18> \x01(\v2#.wasmatrix.v1.UpdateProviderCommandH\x00R\x0eupdateProvider\x12Z\n" +
-	"\x13deregister_provider\x18? \x01(\v2'.wasmatrix.v1.DeregisterProviderCommandH\x00R\x12deregisterProviderB\t\n" +
-	"\apayload\"\x91\x01\n" +
+	"\x13deregister_provider\x18? \x01(\v2'.wasmatrix.v1.DeregisterProviderCommandH\x00R\x12deregisterProvider\x12E\n" +
+	"\fopen_session\x18F \x01(\v2 .wasmatrix.v1.OpenSessionCommandH\x00R\vopenSession\x12E\n" +
+	"\finit_cluster\x18G \x01(\v2 .wasmatrix.v1.InitClusterCommandH\x00R\vinitClusterB\t\n" +
+	"\apayload\"i\n" +
+	"\x0eCommandSession\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1a\n" +
+	"\bsequence\x18\x02 \x01(\x04R\bsequence\x12+\n" +
+	"\x11first_outstanding\x18\x03 \x01(\x04R\x10firstOutstanding\"\xfd\x01\n" +
+	"\fPrecondition\x12!\n" +
+	"\vinstance_id\x18\x01 \x01(\tH\x00R\n" +
+	"instanceId\x12\x1c\n" +
+	"\bworkload\x18\x02 \x01(\tH\x00R\bworkload\x12!\n" +
+	"\vprovider_id\x18\x03 \x01(\tH\x00R\n" +
+	"providerId\x12\x19\n" +
+	"\anode_id\x18\x04 \x01(\tH\x00R\x06nodeId\x12=\n" +
+	"\n" +
+	"assignment\x18\x05 \x01(\v2\x1b.wasmatrix.v1.AssignmentKeyH\x00R\n" +
+	"assignment\x12%\n" +
+	"\x0emodified_index\x18\x06 \x01(\x04R\rmodifiedIndexB\b\n" +
+	"\x06record\"q\n" +
+	"\x12OpenSessionCommand\x12\x1d\n" +
+	"\n" +
+	"session_id\x18\x01 \x01(\tR\tsessionId\x12<\n" +
+	"\fidle_timeout\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\vidleTimeout\"3\n" +
+	"\x12InitClusterCommand\x12\x1d\n" +
+	"\n" +
+	"cluster_id\x18\x01 \x01(\tR\tclusterId\"\x91\x01\n" +
 	"\x13RegisterNodeCommand\x12*\n" +
 	"\x04info\x18\x01 \x01(\v2\x16.wasmatrix.v1.NodeInfoR\x04info\x128\n" +
 	"\tproviders\x18\x02 \x03(\v2\x1a.wasmatrix.v1.ProviderSpecR\tproviders\x12\x14\n" +
@@ -1993,20 +2511,31 @@ const file_wasmatrix_v1_command_proto_rawDesc = "" +
 	"\x05index\x18\x01 \x01(\x04R\x05index\x12)\n" +
 	"\x05error\x18\x02 \x01(\v2\x13.wasmatrix.v1.ErrorR\x05error\x12\x10\n" +
 	"\x03ids\x18\x03 \x03(\tR\x03ids\x12\x14\n" +
-	"\x05epoch\x18\x04 \x01(\x04R\x05epoch\"\xb8\x01\n" +
+	"\x05epoch\x18\x04 \x01(\x04R\x05epoch\"\xf3\x01\n" +
 	"\vDedupRecord\x12\x1d\n" +
 	"\n" +
 	"request_id\x18\x01 \x01(\tR\trequestId\x12%\n" +
 	"\x0erequest_digest\x18\x02 \x01(\fR\rrequestDigest\x123\n" +
 	"\x06result\x18\x03 \x01(\v2\x1b.wasmatrix.v1.CommandResultR\x06result\x12.\n" +
-	"\x04time\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\"\xb4\x01\n" +
+	"\x04time\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x1d\n" +
+	"\n" +
+	"session_id\x18\x05 \x01(\tR\tsessionId\x12\x1a\n" +
+	"\bsequence\x18\x06 \x01(\x04R\bsequence\"\xd9\x01\n" +
+	"\rClientSession\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
+	"\x05actor\x18\x02 \x01(\tR\x05actor\x12<\n" +
+	"\fidle_timeout\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\vidleTimeout\x127\n" +
+	"\tactive_at\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\bactiveAt\x12+\n" +
+	"\x11first_outstanding\x18\x05 \x01(\x04R\x10firstOutstanding\"\xd3\x01\n" +
 	"\x0eSnapshotHeader\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x14\n" +
 	"\x05index\x18\x02 \x01(\x04R\x05index\x12\x1d\n" +
 	"\n" +
 	"state_hash\x18\x03 \x01(\fR\tstateHash\x12.\n" +
 	"\x04time\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12%\n" +
-	"\x0eevent_sequence\x18\x05 \x01(\x04R\reventSequence\"\xa3\x04\n" +
+	"\x0eevent_sequence\x18\x05 \x01(\x04R\reventSequence\x12\x1d\n" +
+	"\n" +
+	"cluster_id\x18\x06 \x01(\tR\tclusterId\"\xdc\x04\n" +
 	"\x0eSnapshotRecord\x126\n" +
 	"\x06header\x18\x01 \x01(\v2\x1c.wasmatrix.v1.SnapshotHeaderH\x00R\x06header\x12(\n" +
 	"\x04node\x18\x02 \x01(\v2\x12.wasmatrix.v1.NodeH\x00R\x04node\x12(\n" +
@@ -2020,7 +2549,8 @@ const file_wasmatrix_v1_command_proto_rawDesc = "" +
 	"\x05event\x18\b \x01(\v2\x13.wasmatrix.v1.EventH\x00R\x05event\x121\n" +
 	"\x05dedup\x18\t \x01(\v2\x19.wasmatrix.v1.DedupRecordH\x00R\x05dedup\x129\n" +
 	"\atrailer\x18\n" +
-	" \x01(\v2\x1d.wasmatrix.v1.SnapshotTrailerH\x00R\atrailerB\b\n" +
+	" \x01(\v2\x1d.wasmatrix.v1.SnapshotTrailerH\x00R\atrailer\x127\n" +
+	"\asession\x18\v \x01(\v2\x1b.wasmatrix.v1.ClientSessionH\x00R\asessionB\b\n" +
 	"\x06record\"C\n" +
 	"\x0fSnapshotTrailer\x12\x18\n" +
 	"\arecords\x18\x01 \x01(\x04R\arecords\x12\x16\n" +
@@ -2038,95 +2568,111 @@ func file_wasmatrix_v1_command_proto_rawDescGZIP() []byte {
 	return file_wasmatrix_v1_command_proto_rawDescData
 }
 
-var file_wasmatrix_v1_command_proto_msgTypes = make([]protoimpl.MessageInfo, 24)
+var file_wasmatrix_v1_command_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
 var file_wasmatrix_v1_command_proto_goTypes = []any{
 	(*Command)(nil),                   // 0: wasmatrix.v1.Command
-	(*RegisterNodeCommand)(nil),       // 1: wasmatrix.v1.RegisterNodeCommand
-	(*ExpireNodeCommand)(nil),         // 2: wasmatrix.v1.ExpireNodeCommand
-	(*DrainNodeCommand)(nil),          // 3: wasmatrix.v1.DrainNodeCommand
-	(*PutPeerCommand)(nil),            // 4: wasmatrix.v1.PutPeerCommand
-	(*RemovePeerCommand)(nil),         // 5: wasmatrix.v1.RemovePeerCommand
-	(*PutModuleCommand)(nil),          // 6: wasmatrix.v1.PutModuleCommand
-	(*CreateInstancesCommand)(nil),    // 7: wasmatrix.v1.CreateInstancesCommand
-	(*StopInstancesCommand)(nil),      // 8: wasmatrix.v1.StopInstancesCommand
-	(*RestartInstancesCommand)(nil),   // 9: wasmatrix.v1.RestartInstancesCommand
-	(*RemoveInstancesCommand)(nil),    // 10: wasmatrix.v1.RemoveInstancesCommand
-	(*PlaceDecision)(nil),             // 11: wasmatrix.v1.PlaceDecision
-	(*PlaceCommand)(nil),              // 12: wasmatrix.v1.PlaceCommand
-	(*AssignCapabilityCommand)(nil),   // 13: wasmatrix.v1.AssignCapabilityCommand
-	(*RevokeCapabilityCommand)(nil),   // 14: wasmatrix.v1.RevokeCapabilityCommand
-	(*RegisterProviderCommand)(nil),   // 15: wasmatrix.v1.RegisterProviderCommand
-	(*SetProviderRunningCommand)(nil), // 16: wasmatrix.v1.SetProviderRunningCommand
-	(*UpdateProviderCommand)(nil),     // 17: wasmatrix.v1.UpdateProviderCommand
-	(*DeregisterProviderCommand)(nil), // 18: wasmatrix.v1.DeregisterProviderCommand
-	(*CommandResult)(nil),             // 19: wasmatrix.v1.CommandResult
-	(*DedupRecord)(nil),               // 20: wasmatrix.v1.DedupRecord
-	(*SnapshotHeader)(nil),            // 21: wasmatrix.v1.SnapshotHeader
-	(*SnapshotRecord)(nil),            // 22: wasmatrix.v1.SnapshotRecord
-	(*SnapshotTrailer)(nil),           // 23: wasmatrix.v1.SnapshotTrailer
-	(*timestamppb.Timestamp)(nil),     // 24: google.protobuf.Timestamp
-	(*ReportStatusRequest)(nil),       // 25: wasmatrix.v1.ReportStatusRequest
-	(*NodeInfo)(nil),                  // 26: wasmatrix.v1.NodeInfo
-	(*ProviderSpec)(nil),              // 27: wasmatrix.v1.ProviderSpec
-	(*Peer)(nil),                      // 28: wasmatrix.v1.Peer
-	(*Module)(nil),                    // 29: wasmatrix.v1.Module
-	(*WorkloadSpec)(nil),              // 30: wasmatrix.v1.WorkloadSpec
-	(*CapabilityGrant)(nil),           // 31: wasmatrix.v1.CapabilityGrant
-	(*Error)(nil),                     // 32: wasmatrix.v1.Error
-	(*Node)(nil),                      // 33: wasmatrix.v1.Node
-	(*Instance)(nil),                  // 34: wasmatrix.v1.Instance
-	(*Provider)(nil),                  // 35: wasmatrix.v1.Provider
-	(*CapabilityAssignment)(nil),      // 36: wasmatrix.v1.CapabilityAssignment
-	(*Event)(nil),                     // 37: wasmatrix.v1.Event
+	(*CommandSession)(nil),            // 1: wasmatrix.v1.CommandSession
+	(*Precondition)(nil),              // 2: wasmatrix.v1.Precondition
+	(*OpenSessionCommand)(nil),        // 3: wasmatrix.v1.OpenSessionCommand
+	(*InitClusterCommand)(nil),        // 4: wasmatrix.v1.InitClusterCommand
+	(*RegisterNodeCommand)(nil),       // 5: wasmatrix.v1.RegisterNodeCommand
+	(*ExpireNodeCommand)(nil),         // 6: wasmatrix.v1.ExpireNodeCommand
+	(*DrainNodeCommand)(nil),          // 7: wasmatrix.v1.DrainNodeCommand
+	(*PutPeerCommand)(nil),            // 8: wasmatrix.v1.PutPeerCommand
+	(*RemovePeerCommand)(nil),         // 9: wasmatrix.v1.RemovePeerCommand
+	(*PutModuleCommand)(nil),          // 10: wasmatrix.v1.PutModuleCommand
+	(*CreateInstancesCommand)(nil),    // 11: wasmatrix.v1.CreateInstancesCommand
+	(*StopInstancesCommand)(nil),      // 12: wasmatrix.v1.StopInstancesCommand
+	(*RestartInstancesCommand)(nil),   // 13: wasmatrix.v1.RestartInstancesCommand
+	(*RemoveInstancesCommand)(nil),    // 14: wasmatrix.v1.RemoveInstancesCommand
+	(*PlaceDecision)(nil),             // 15: wasmatrix.v1.PlaceDecision
+	(*PlaceCommand)(nil),              // 16: wasmatrix.v1.PlaceCommand
+	(*AssignCapabilityCommand)(nil),   // 17: wasmatrix.v1.AssignCapabilityCommand
+	(*RevokeCapabilityCommand)(nil),   // 18: wasmatrix.v1.RevokeCapabilityCommand
+	(*RegisterProviderCommand)(nil),   // 19: wasmatrix.v1.RegisterProviderCommand
+	(*SetProviderRunningCommand)(nil), // 20: wasmatrix.v1.SetProviderRunningCommand
+	(*UpdateProviderCommand)(nil),     // 21: wasmatrix.v1.UpdateProviderCommand
+	(*DeregisterProviderCommand)(nil), // 22: wasmatrix.v1.DeregisterProviderCommand
+	(*CommandResult)(nil),             // 23: wasmatrix.v1.CommandResult
+	(*DedupRecord)(nil),               // 24: wasmatrix.v1.DedupRecord
+	(*ClientSession)(nil),             // 25: wasmatrix.v1.ClientSession
+	(*SnapshotHeader)(nil),            // 26: wasmatrix.v1.SnapshotHeader
+	(*SnapshotRecord)(nil),            // 27: wasmatrix.v1.SnapshotRecord
+	(*SnapshotTrailer)(nil),           // 28: wasmatrix.v1.SnapshotTrailer
+	(*timestamppb.Timestamp)(nil),     // 29: google.protobuf.Timestamp
+	(*ReportStatusRequest)(nil),       // 30: wasmatrix.v1.ReportStatusRequest
+	(*AssignmentKey)(nil),             // 31: wasmatrix.v1.AssignmentKey
+	(*durationpb.Duration)(nil),       // 32: google.protobuf.Duration
+	(*NodeInfo)(nil),                  // 33: wasmatrix.v1.NodeInfo
+	(*ProviderSpec)(nil),              // 34: wasmatrix.v1.ProviderSpec
+	(*Peer)(nil),                      // 35: wasmatrix.v1.Peer
+	(*Module)(nil),                    // 36: wasmatrix.v1.Module
+	(*WorkloadSpec)(nil),              // 37: wasmatrix.v1.WorkloadSpec
+	(*CapabilityGrant)(nil),           // 38: wasmatrix.v1.CapabilityGrant
+	(*Error)(nil),                     // 39: wasmatrix.v1.Error
+	(*Node)(nil),                      // 40: wasmatrix.v1.Node
+	(*Instance)(nil),                  // 41: wasmatrix.v1.Instance
+	(*Provider)(nil),                  // 42: wasmatrix.v1.Provider
+	(*CapabilityAssignment)(nil),      // 43: wasmatrix.v1.CapabilityAssignment
+	(*Event)(nil),                     // 44: wasmatrix.v1.Event
 }
 var file_wasmatrix_v1_command_proto_depIdxs = []int32{
-	24, // 0: wasmatrix.v1.Command.time:type_name -> google.protobuf.Timestamp
-	1,  // 1: wasmatrix.v1.Command.register_node:type_name -> wasmatrix.v1.RegisterNodeCommand
-	2,  // 2: wasmatrix.v1.Command.expire_node:type_name -> wasmatrix.v1.ExpireNodeCommand
-	3,  // 3: wasmatrix.v1.Command.drain_node:type_name -> wasmatrix.v1.DrainNodeCommand
-	4,  // 4: wasmatrix.v1.Command.put_peer:type_name -> wasmatrix.v1.PutPeerCommand
-	5,  // 5: wasmatrix.v1.Command.remove_peer:type_name -> wasmatrix.v1.RemovePeerCommand
-	6,  // 6: wasmatrix.v1.Command.put_module:type_name -> wasmatrix.v1.PutModuleCommand
-	7,  // 7: wasmatrix.v1.Command.create_instances:type_name -> wasmatrix.v1.CreateInstancesCommand
-	8,  // 8: wasmatrix.v1.Command.stop_instances:type_name -> wasmatrix.v1.StopInstancesCommand
-	9,  // 9: wasmatrix.v1.Command.restart_instances:type_name -> wasmatrix.v1.RestartInstancesCommand
-	10, // 10: wasmatrix.v1.Command.remove_instances:type_name -> wasmatrix.v1.RemoveInstancesCommand
-	12, // 11: wasmatrix.v1.Command.place:type_name -> wasmatrix.v1.PlaceCommand
-	25, // 12: wasmatrix.v1.Command.report_status:type_name -> wasmatrix.v1.ReportStatusRequest
-	13, // 13: wasmatrix.v1.Command.assign_capability:type_name -> wasmatrix.v1.AssignCapabilityCommand
-	14, // 14: wasmatrix.v1.Command.revoke_capability:type_name -> wasmatrix.v1.RevokeCapabilityCommand
-	15, // 15: wasmatrix.v1.Command.register_provider:type_name -> wasmatrix.v1.RegisterProviderCommand
-	16, // 16: wasmatrix.v1.Command.set_provider_running:type_name -> wasmatrix.v1.SetProviderRunningCommand
-	17, // 17: wasmatrix.v1.Command.update_provider:type_name -> wasmatrix.v1.UpdateProviderCommand
-	18, // 18: wasmatrix.v1.Command.deregister_provider:type_name -> wasmatrix.v1.DeregisterProviderCommand
-	26, // 19: wasmatrix.v1.RegisterNodeCommand.info:type_name -> wasmatrix.v1.NodeInfo
-	27, // 20: wasmatrix.v1.RegisterNodeCommand.providers:type_name -> wasmatrix.v1.ProviderSpec
-	28, // 21: wasmatrix.v1.PutPeerCommand.peer:type_name -> wasmatrix.v1.Peer
-	29, // 22: wasmatrix.v1.PutModuleCommand.module:type_name -> wasmatrix.v1.Module
-	30, // 23: wasmatrix.v1.CreateInstancesCommand.spec:type_name -> wasmatrix.v1.WorkloadSpec
-	11, // 24: wasmatrix.v1.PlaceCommand.decisions:type_name -> wasmatrix.v1.PlaceDecision
-	31, // 25: wasmatrix.v1.AssignCapabilityCommand.grant:type_name -> wasmatrix.v1.CapabilityGrant
-	27, // 26: wasmatrix.v1.RegisterProviderCommand.spec:type_name -> wasmatrix.v1.ProviderSpec
-	27, // 27: wasmatrix.v1.UpdateProviderCommand.spec:type_name -> wasmatrix.v1.ProviderSpec
-	32, // 28: wasmatrix.v1.CommandResult.error:type_name -> wasmatrix.v1.Error
-	19, // 29: wasmatrix.v1.DedupRecord.result:type_name -> wasmatrix.v1.CommandResult
-	24, // 30: wasmatrix.v1.DedupRecord.time:type_name -> google.protobuf.Timestamp
-	24, // 31: wasmatrix.v1.SnapshotHeader.time:type_name -> google.protobuf.Timestamp
-	21, // 32: wasmatrix.v1.SnapshotRecord.header:type_name -> wasmatrix.v1.SnapshotHeader
-	33, // 33: wasmatrix.v1.SnapshotRecord.node:type_name -> wasmatrix.v1.Node
-	28, // 34: wasmatrix.v1.SnapshotRecord.peer:type_name -> wasmatrix.v1.Peer
-	29, // 35: wasmatrix.v1.SnapshotRecord.module:type_name -> wasmatrix.v1.Module
-	34, // 36: wasmatrix.v1.SnapshotRecord.instance:type_name -> wasmatrix.v1.Instance
-	35, // 37: wasmatrix.v1.SnapshotRecord.provider:type_name -> wasmatrix.v1.Provider
-	36, // 38: wasmatrix.v1.SnapshotRecord.assignment:type_name -> wasmatrix.v1.CapabilityAssignment
-	37, // 39: wasmatrix.v1.SnapshotRecord.event:type_name -> wasmatrix.v1.Event
-	20, // 40: wasmatrix.v1.SnapshotRecord.dedup:type_name -> wasmatrix.v1.DedupRecord
-	23, // 41: wasmatrix.v1.SnapshotRecord.trailer:type_name -> wasmatrix.v1.SnapshotTrailer
-	42, // [42:42] is the sub-list for method output_type
-	42, // [42:42] is the sub-list for method input_type
-	42, // [42:42] is the sub-list for extension type_name
-	42, // [42:42] is the sub-list for extension extendee
-	0,  // [0:42] is the sub-list for field type_name
+	29, // 0: wasmatrix.v1.Command.time:type_name -> google.protobuf.Timestamp
+	1,  // 1: wasmatrix.v1.Command.session:type_name -> wasmatrix.v1.CommandSession
+	2,  // 2: wasmatrix.v1.Command.preconditions:type_name -> wasmatrix.v1.Precondition
+	5,  // 3: wasmatrix.v1.Command.register_node:type_name -> wasmatrix.v1.RegisterNodeCommand
+	6,  // 4: wasmatrix.v1.Command.expire_node:type_name -> wasmatrix.v1.ExpireNodeCommand
+	7,  // 5: wasmatrix.v1.Command.drain_node:type_name -> wasmatrix.v1.DrainNodeCommand
+	8,  // 6: wasmatrix.v1.Command.put_peer:type_name -> wasmatrix.v1.PutPeerCommand
+	9,  // 7: wasmatrix.v1.Command.remove_peer:type_name -> wasmatrix.v1.RemovePeerCommand
+	10, // 8: wasmatrix.v1.Command.put_module:type_name -> wasmatrix.v1.PutModuleCommand
+	11, // 9: wasmatrix.v1.Command.create_instances:type_name -> wasmatrix.v1.CreateInstancesCommand
+	12, // 10: wasmatrix.v1.Command.stop_instances:type_name -> wasmatrix.v1.StopInstancesCommand
+	13, // 11: wasmatrix.v1.Command.restart_instances:type_name -> wasmatrix.v1.RestartInstancesCommand
+	14, // 12: wasmatrix.v1.Command.remove_instances:type_name -> wasmatrix.v1.RemoveInstancesCommand
+	16, // 13: wasmatrix.v1.Command.place:type_name -> wasmatrix.v1.PlaceCommand
+	30, // 14: wasmatrix.v1.Command.report_status:type_name -> wasmatrix.v1.ReportStatusRequest
+	17, // 15: wasmatrix.v1.Command.assign_capability:type_name -> wasmatrix.v1.AssignCapabilityCommand
+	18, // 16: wasmatrix.v1.Command.revoke_capability:type_name -> wasmatrix.v1.RevokeCapabilityCommand
+	19, // 17: wasmatrix.v1.Command.register_provider:type_name -> wasmatrix.v1.RegisterProviderCommand
+	20, // 18: wasmatrix.v1.Command.set_provider_running:type_name -> wasmatrix.v1.SetProviderRunningCommand
+	21, // 19: wasmatrix.v1.Command.update_provider:type_name -> wasmatrix.v1.UpdateProviderCommand
+	22, // 20: wasmatrix.v1.Command.deregister_provider:type_name -> wasmatrix.v1.DeregisterProviderCommand
+	3,  // 21: wasmatrix.v1.Command.open_session:type_name -> wasmatrix.v1.OpenSessionCommand
+	4,  // 22: wasmatrix.v1.Command.init_cluster:type_name -> wasmatrix.v1.InitClusterCommand
+	31, // 23: wasmatrix.v1.Precondition.assignment:type_name -> wasmatrix.v1.AssignmentKey
+	32, // 24: wasmatrix.v1.OpenSessionCommand.idle_timeout:type_name -> google.protobuf.Duration
+	33, // 25: wasmatrix.v1.RegisterNodeCommand.info:type_name -> wasmatrix.v1.NodeInfo
+	34, // 26: wasmatrix.v1.RegisterNodeCommand.providers:type_name -> wasmatrix.v1.ProviderSpec
+	35, // 27: wasmatrix.v1.PutPeerCommand.peer:type_name -> wasmatrix.v1.Peer
+	36, // 28: wasmatrix.v1.PutModuleCommand.module:type_name -> wasmatrix.v1.Module
+	37, // 29: wasmatrix.v1.CreateInstancesCommand.spec:type_name -> wasmatrix.v1.WorkloadSpec
+	15, // 30: wasmatrix.v1.PlaceCommand.decisions:type_name -> wasmatrix.v1.PlaceDecision
+	38, // 31: wasmatrix.v1.AssignCapabilityCommand.grant:type_name -> wasmatrix.v1.CapabilityGrant
+	34, // 32: wasmatrix.v1.RegisterProviderCommand.spec:type_name -> wasmatrix.v1.ProviderSpec
+	34, // 33: wasmatrix.v1.UpdateProviderCommand.spec:type_name -> wasmatrix.v1.ProviderSpec
+	39, // 34: wasmatrix.v1.CommandResult.error:type_name -> wasmatrix.v1.Error
+	23, // 35: wasmatrix.v1.DedupRecord.result:type_name -> wasmatrix.v1.CommandResult
+	29, // 36: wasmatrix.v1.DedupRecord.time:type_name -> google.protobuf.Timestamp
+	32, // 37: wasmatrix.v1.ClientSession.idle_timeout:type_name -> google.protobuf.Duration
+	29, // 38: wasmatrix.v1.ClientSession.active_at:type_name -> google.protobuf.Timestamp
+	29, // 39: wasmatrix.v1.SnapshotHeader.time:type_name -> google.protobuf.Timestamp
+	26, // 40: wasmatrix.v1.SnapshotRecord.header:type_name -> wasmatrix.v1.SnapshotHeader
+	40, // 41: wasmatrix.v1.SnapshotRecord.node:type_name -> wasmatrix.v1.Node
+	35, // 42: wasmatrix.v1.SnapshotRecord.peer:type_name -> wasmatrix.v1.Peer
+	36, // 43: wasmatrix.v1.SnapshotRecord.module:type_name -> wasmatrix.v1.Module
+	41, // 44: wasmatrix.v1.SnapshotRecord.instance:type_name -> wasmatrix.v1.Instance
+	42, // 45: wasmatrix.v1.SnapshotRecord.provider:type_name -> wasmatrix.v1.Provider
+	43, // 46: wasmatrix.v1.SnapshotRecord.assignment:type_name -> wasmatrix.v1.CapabilityAssignment
+	44, // 47: wasmatrix.v1.SnapshotRecord.event:type_name -> wasmatrix.v1.Event
+	24, // 48: wasmatrix.v1.SnapshotRecord.dedup:type_name -> wasmatrix.v1.DedupRecord
+	28, // 49: wasmatrix.v1.SnapshotRecord.trailer:type_name -> wasmatrix.v1.SnapshotTrailer
+	25, // 50: wasmatrix.v1.SnapshotRecord.session:type_name -> wasmatrix.v1.ClientSession
+	51, // [51:51] is the sub-list for method output_type
+	51, // [51:51] is the sub-list for method input_type
+	51, // [51:51] is the sub-list for extension type_name
+	51, // [51:51] is the sub-list for extension extendee
+	0,  // [0:51] is the sub-list for field type_name
 }
 
 func init() { file_wasmatrix_v1_command_proto_init() }
@@ -2160,8 +2706,17 @@ func file_wasmatrix_v1_command_proto_init() {
 		(*Command_SetProviderRunning)(nil),
 		(*Command_UpdateProvider)(nil),
 		(*Command_DeregisterProvider)(nil),
+		(*Command_OpenSession)(nil),
+		(*Command_InitCluster)(nil),
 	}
-	file_wasmatrix_v1_command_proto_msgTypes[22].OneofWrappers = []any{
+	file_wasmatrix_v1_command_proto_msgTypes[2].OneofWrappers = []any{
+		(*Precondition_InstanceId)(nil),
+		(*Precondition_Workload)(nil),
+		(*Precondition_ProviderId)(nil),
+		(*Precondition_NodeId)(nil),
+		(*Precondition_Assignment)(nil),
+	}
+	file_wasmatrix_v1_command_proto_msgTypes[27].OneofWrappers = []any{
 		(*SnapshotRecord_Header)(nil),
 		(*SnapshotRecord_Node)(nil),
 		(*SnapshotRecord_Peer)(nil),
@@ -2172,6 +2727,7 @@ func file_wasmatrix_v1_command_proto_init() {
 		(*SnapshotRecord_Event)(nil),
 		(*SnapshotRecord_Dedup)(nil),
 		(*SnapshotRecord_Trailer)(nil),
+		(*SnapshotRecord_Session)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -2179,7 +2735,7 @@ func file_wasmatrix_v1_command_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_wasmatrix_v1_command_proto_rawDesc), len(file_wasmatrix_v1_command_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   24,
+			NumMessages:   29,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

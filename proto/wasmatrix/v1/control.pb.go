@@ -140,20 +140,107 @@ func (x *ReadOptions) GetMinIndex() uint64 {
 	return 0
 }
 
+// WriteOptions makes a write safe to repeat for longer, and conditional.
+type WriteOptions struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The session from OpenSession that the write belongs to; empty for none. With a session, request_id is required.
+	SessionId string `protobuf:"bytes,1,opt,name=session_id,json=sessionId,proto3" json:"session_id,omitempty"`
+	// The number of the write within the session: 1 for the first, one more for each further one. A repetition has the number of the first attempt.
+	Sequence uint64 `protobuf:"varint,2,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	// The client has the answers to all writes of the session below this number and will not repeat them; at most sequence. At most 256 writes may be outstanding.
+	FirstOutstanding uint64 `protobuf:"varint,3,opt,name=first_outstanding,json=firstOutstanding,proto3" json:"first_outstanding,omitempty"`
+	// The modified_index that the record to be changed must have, else the write fails with CONFLICT; 0 means any.
+	// An instance write checks the instance, so its target must be one instance; a provider or node write checks the
+	// provider or node; a capability write checks the assignment.
+	IfIndex uint64 `protobuf:"varint,4,opt,name=if_index,json=ifIndex,proto3" json:"if_index,omitempty"`
+	// The record that the write creates must not exist, else it fails with CONFLICT; for StartInstance no instance of
+	// that name, ended ones too.
+	IfAbsent      bool `protobuf:"varint,5,opt,name=if_absent,json=ifAbsent,proto3" json:"if_absent,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WriteOptions) Reset() {
+	*x = WriteOptions{}
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WriteOptions) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WriteOptions) ProtoMessage() {}
+
+func (x *WriteOptions) ProtoReflect() protoreflect.Message {
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WriteOptions.ProtoReflect.Descriptor instead.
+func (*WriteOptions) Descriptor() ([]byte, []int) {
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *WriteOptions) GetSessionId() string {
+	if x != nil {
+		return x.SessionId
+	}
+	return ""
+}
+
+func (x *WriteOptions) GetSequence() uint64 {
+	if x != nil {
+		return x.Sequence
+	}
+	return 0
+}
+
+func (x *WriteOptions) GetFirstOutstanding() uint64 {
+	if x != nil {
+		return x.FirstOutstanding
+	}
+	return 0
+}
+
+func (x *WriteOptions) GetIfIndex() uint64 {
+	if x != nil {
+		return x.IfIndex
+	}
+	return 0
+}
+
+func (x *WriteOptions) GetIfAbsent() bool {
+	if x != nil {
+		return x.IfAbsent
+	}
+	return false
+}
+
 // StartInstanceRequest asks for a workload.
 type StartInstanceRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// What to run.
 	Spec *WorkloadSpec `protobuf:"bytes,1,opt,name=spec,proto3" json:"spec,omitempty"`
 	// Chosen by the client so that a repeated request has no second effect; a UUID is good. Empty: no such protection.
-	RequestId     string `protobuf:"bytes,2,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	RequestId string `protobuf:"bytes,2,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	// Session and precondition of the write.
+	Write         *WriteOptions `protobuf:"bytes,15,opt,name=write,proto3" json:"write,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *StartInstanceRequest) Reset() {
 	*x = StartInstanceRequest{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[1]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -165,7 +252,7 @@ func (x *StartInstanceRequest) String() string {
 func (*StartInstanceRequest) ProtoMessage() {}
 
 func (x *StartInstanceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[1]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -178,7 +265,7 @@ func (x *StartInstanceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartInstanceRequest.ProtoReflect.Descriptor instead.
 func (*StartInstanceRequest) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{1}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *StartInstanceRequest) GetSpec() *WorkloadSpec {
@@ -195,6 +282,13 @@ func (x *StartInstanceRequest) GetRequestId() string {
 	return ""
 }
 
+func (x *StartInstanceRequest) GetWrite() *WriteOptions {
+	if x != nil {
+		return x.Write
+	}
+	return nil
+}
+
 // StartInstanceResponse names what was created.
 type StartInstanceResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -208,7 +302,7 @@ type StartInstanceResponse struct {
 
 func (x *StartInstanceResponse) Reset() {
 	*x = StartInstanceResponse{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[2]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -220,7 +314,7 @@ func (x *StartInstanceResponse) String() string {
 func (*StartInstanceResponse) ProtoMessage() {}
 
 func (x *StartInstanceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[2]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -233,7 +327,7 @@ func (x *StartInstanceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartInstanceResponse.ProtoReflect.Descriptor instead.
 func (*StartInstanceResponse) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{2}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *StartInstanceResponse) GetInstances() []*Instance {
@@ -256,14 +350,16 @@ type StopInstanceRequest struct {
 	// An id, an unambiguous prefix, or a name (then all its replicas).
 	Target string `protobuf:"bytes,1,opt,name=target,proto3" json:"target,omitempty"`
 	// See StartInstanceRequest.
-	RequestId     string `protobuf:"bytes,2,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	RequestId string `protobuf:"bytes,2,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	// Session and precondition of the write.
+	Write         *WriteOptions `protobuf:"bytes,15,opt,name=write,proto3" json:"write,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *StopInstanceRequest) Reset() {
 	*x = StopInstanceRequest{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[3]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -275,7 +371,7 @@ func (x *StopInstanceRequest) String() string {
 func (*StopInstanceRequest) ProtoMessage() {}
 
 func (x *StopInstanceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[3]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -288,7 +384,7 @@ func (x *StopInstanceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopInstanceRequest.ProtoReflect.Descriptor instead.
 func (*StopInstanceRequest) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{3}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *StopInstanceRequest) GetTarget() string {
@@ -305,6 +401,13 @@ func (x *StopInstanceRequest) GetRequestId() string {
 	return ""
 }
 
+func (x *StopInstanceRequest) GetWrite() *WriteOptions {
+	if x != nil {
+		return x.Write
+	}
+	return nil
+}
+
 // StopInstanceResponse names what was asked to stop.
 type StopInstanceResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -318,7 +421,7 @@ type StopInstanceResponse struct {
 
 func (x *StopInstanceResponse) Reset() {
 	*x = StopInstanceResponse{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[4]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -330,7 +433,7 @@ func (x *StopInstanceResponse) String() string {
 func (*StopInstanceResponse) ProtoMessage() {}
 
 func (x *StopInstanceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[4]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -343,7 +446,7 @@ func (x *StopInstanceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopInstanceResponse.ProtoReflect.Descriptor instead.
 func (*StopInstanceResponse) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{4}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *StopInstanceResponse) GetInstances() []*Instance {
@@ -366,14 +469,16 @@ type RestartInstanceRequest struct {
 	// An id, an unambiguous prefix, or a name.
 	Target string `protobuf:"bytes,1,opt,name=target,proto3" json:"target,omitempty"`
 	// See StartInstanceRequest.
-	RequestId     string `protobuf:"bytes,2,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	RequestId string `protobuf:"bytes,2,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	// Session and precondition of the write.
+	Write         *WriteOptions `protobuf:"bytes,15,opt,name=write,proto3" json:"write,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *RestartInstanceRequest) Reset() {
 	*x = RestartInstanceRequest{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[5]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -385,7 +490,7 @@ func (x *RestartInstanceRequest) String() string {
 func (*RestartInstanceRequest) ProtoMessage() {}
 
 func (x *RestartInstanceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[5]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -398,7 +503,7 @@ func (x *RestartInstanceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestartInstanceRequest.ProtoReflect.Descriptor instead.
 func (*RestartInstanceRequest) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{5}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *RestartInstanceRequest) GetTarget() string {
@@ -415,6 +520,13 @@ func (x *RestartInstanceRequest) GetRequestId() string {
 	return ""
 }
 
+func (x *RestartInstanceRequest) GetWrite() *WriteOptions {
+	if x != nil {
+		return x.Write
+	}
+	return nil
+}
+
 // RestartInstanceResponse names what is started again.
 type RestartInstanceResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -428,7 +540,7 @@ type RestartInstanceResponse struct {
 
 func (x *RestartInstanceResponse) Reset() {
 	*x = RestartInstanceResponse{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[6]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -440,7 +552,7 @@ func (x *RestartInstanceResponse) String() string {
 func (*RestartInstanceResponse) ProtoMessage() {}
 
 func (x *RestartInstanceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[6]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -453,7 +565,7 @@ func (x *RestartInstanceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestartInstanceResponse.ProtoReflect.Descriptor instead.
 func (*RestartInstanceResponse) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{6}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *RestartInstanceResponse) GetInstances() []*Instance {
@@ -478,14 +590,16 @@ type RemoveInstanceRequest struct {
 	// True to remove instances that still run; their agents stop them.
 	Force bool `protobuf:"varint,2,opt,name=force,proto3" json:"force,omitempty"`
 	// See StartInstanceRequest.
-	RequestId     string `protobuf:"bytes,3,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	RequestId string `protobuf:"bytes,3,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	// Session and precondition of the write.
+	Write         *WriteOptions `protobuf:"bytes,15,opt,name=write,proto3" json:"write,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *RemoveInstanceRequest) Reset() {
 	*x = RemoveInstanceRequest{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[7]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -497,7 +611,7 @@ func (x *RemoveInstanceRequest) String() string {
 func (*RemoveInstanceRequest) ProtoMessage() {}
 
 func (x *RemoveInstanceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[7]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -510,7 +624,7 @@ func (x *RemoveInstanceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveInstanceRequest.ProtoReflect.Descriptor instead.
 func (*RemoveInstanceRequest) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{7}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *RemoveInstanceRequest) GetTarget() string {
@@ -534,6 +648,13 @@ func (x *RemoveInstanceRequest) GetRequestId() string {
 	return ""
 }
 
+func (x *RemoveInstanceRequest) GetWrite() *WriteOptions {
+	if x != nil {
+		return x.Write
+	}
+	return nil
+}
+
 // RemoveInstanceResponse names what was removed.
 type RemoveInstanceResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -547,7 +668,7 @@ type RemoveInstanceResponse struct {
 
 func (x *RemoveInstanceResponse) Reset() {
 	*x = RemoveInstanceResponse{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[8]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -559,7 +680,7 @@ func (x *RemoveInstanceResponse) String() string {
 func (*RemoveInstanceResponse) ProtoMessage() {}
 
 func (x *RemoveInstanceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[8]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -572,7 +693,7 @@ func (x *RemoveInstanceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveInstanceResponse.ProtoReflect.Descriptor instead.
 func (*RemoveInstanceResponse) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{8}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *RemoveInstanceResponse) GetInstanceIds() []string {
@@ -602,7 +723,7 @@ type QueryInstanceRequest struct {
 
 func (x *QueryInstanceRequest) Reset() {
 	*x = QueryInstanceRequest{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[9]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -614,7 +735,7 @@ func (x *QueryInstanceRequest) String() string {
 func (*QueryInstanceRequest) ProtoMessage() {}
 
 func (x *QueryInstanceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[9]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -627,7 +748,7 @@ func (x *QueryInstanceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QueryInstanceRequest.ProtoReflect.Descriptor instead.
 func (*QueryInstanceRequest) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{9}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *QueryInstanceRequest) GetTarget() string {
@@ -659,7 +780,7 @@ type QueryInstanceResponse struct {
 
 func (x *QueryInstanceResponse) Reset() {
 	*x = QueryInstanceResponse{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[10]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -671,7 +792,7 @@ func (x *QueryInstanceResponse) String() string {
 func (*QueryInstanceResponse) ProtoMessage() {}
 
 func (x *QueryInstanceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[10]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -684,7 +805,7 @@ func (x *QueryInstanceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QueryInstanceResponse.ProtoReflect.Descriptor instead.
 func (*QueryInstanceResponse) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{10}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *QueryInstanceResponse) GetInstance() *Instance {
@@ -729,7 +850,7 @@ type ListInstancesRequest struct {
 
 func (x *ListInstancesRequest) Reset() {
 	*x = ListInstancesRequest{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[11]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -741,7 +862,7 @@ func (x *ListInstancesRequest) String() string {
 func (*ListInstancesRequest) ProtoMessage() {}
 
 func (x *ListInstancesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[11]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -754,7 +875,7 @@ func (x *ListInstancesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListInstancesRequest.ProtoReflect.Descriptor instead.
 func (*ListInstancesRequest) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{11}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ListInstancesRequest) GetName() string {
@@ -814,7 +935,7 @@ type ListInstancesResponse struct {
 
 func (x *ListInstancesResponse) Reset() {
 	*x = ListInstancesResponse{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[12]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -826,7 +947,7 @@ func (x *ListInstancesResponse) String() string {
 func (*ListInstancesResponse) ProtoMessage() {}
 
 func (x *ListInstancesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[12]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -839,7 +960,7 @@ func (x *ListInstancesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListInstancesResponse.ProtoReflect.Descriptor instead.
 func (*ListInstancesResponse) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{12}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ListInstancesResponse) GetInstances() []*Instance {
@@ -876,7 +997,7 @@ type ExplainRequest struct {
 
 func (x *ExplainRequest) Reset() {
 	*x = ExplainRequest{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[13]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -888,7 +1009,7 @@ func (x *ExplainRequest) String() string {
 func (*ExplainRequest) ProtoMessage() {}
 
 func (x *ExplainRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[13]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -901,7 +1022,7 @@ func (x *ExplainRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainRequest.ProtoReflect.Descriptor instead.
 func (*ExplainRequest) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{13}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ExplainRequest) GetTarget() string {
@@ -935,7 +1056,7 @@ type NodeVerdict struct {
 
 func (x *NodeVerdict) Reset() {
 	*x = NodeVerdict{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[14]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -947,7 +1068,7 @@ func (x *NodeVerdict) String() string {
 func (*NodeVerdict) ProtoMessage() {}
 
 func (x *NodeVerdict) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[14]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -960,7 +1081,7 @@ func (x *NodeVerdict) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeVerdict.ProtoReflect.Descriptor instead.
 func (*NodeVerdict) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{14}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *NodeVerdict) GetNodeId() string {
@@ -1006,7 +1127,7 @@ type ExplainResponse struct {
 
 func (x *ExplainResponse) Reset() {
 	*x = ExplainResponse{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[15]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1018,7 +1139,7 @@ func (x *ExplainResponse) String() string {
 func (*ExplainResponse) ProtoMessage() {}
 
 func (x *ExplainResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[15]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1031,7 +1152,7 @@ func (x *ExplainResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainResponse.ProtoReflect.Descriptor instead.
 func (*ExplainResponse) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{15}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ExplainResponse) GetInstance() *Instance {
@@ -1063,14 +1184,16 @@ type AssignCapabilityRequest struct {
 	// The provider and the permissions to add.
 	Grant *CapabilityGrant `protobuf:"bytes,2,opt,name=grant,proto3" json:"grant,omitempty"`
 	// See StartInstanceRequest.
-	RequestId     string `protobuf:"bytes,3,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	RequestId string `protobuf:"bytes,3,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	// Session and precondition of the write.
+	Write         *WriteOptions `protobuf:"bytes,15,opt,name=write,proto3" json:"write,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *AssignCapabilityRequest) Reset() {
 	*x = AssignCapabilityRequest{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[16]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1082,7 +1205,7 @@ func (x *AssignCapabilityRequest) String() string {
 func (*AssignCapabilityRequest) ProtoMessage() {}
 
 func (x *AssignCapabilityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[16]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1095,7 +1218,7 @@ func (x *AssignCapabilityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AssignCapabilityRequest.ProtoReflect.Descriptor instead.
 func (*AssignCapabilityRequest) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{16}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *AssignCapabilityRequest) GetTarget() string {
@@ -1119,6 +1242,13 @@ func (x *AssignCapabilityRequest) GetRequestId() string {
 	return ""
 }
 
+func (x *AssignCapabilityRequest) GetWrite() *WriteOptions {
+	if x != nil {
+		return x.Write
+	}
+	return nil
+}
+
 // AssignCapabilityResponse is what the instances may do now.
 type AssignCapabilityResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1132,7 +1262,7 @@ type AssignCapabilityResponse struct {
 
 func (x *AssignCapabilityResponse) Reset() {
 	*x = AssignCapabilityResponse{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[17]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1144,7 +1274,7 @@ func (x *AssignCapabilityResponse) String() string {
 func (*AssignCapabilityResponse) ProtoMessage() {}
 
 func (x *AssignCapabilityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[17]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1157,7 +1287,7 @@ func (x *AssignCapabilityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AssignCapabilityResponse.ProtoReflect.Descriptor instead.
 func (*AssignCapabilityResponse) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{17}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *AssignCapabilityResponse) GetAssignments() []*CapabilityAssignment {
@@ -1184,14 +1314,16 @@ type RevokeCapabilityRequest struct {
 	// The permissions to take, each exactly as it was granted; empty means the whole assignment.
 	Permissions []string `protobuf:"bytes,3,rep,name=permissions,proto3" json:"permissions,omitempty"`
 	// See StartInstanceRequest.
-	RequestId     string `protobuf:"bytes,4,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	RequestId string `protobuf:"bytes,4,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	// Session and precondition of the write.
+	Write         *WriteOptions `protobuf:"bytes,15,opt,name=write,proto3" json:"write,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *RevokeCapabilityRequest) Reset() {
 	*x = RevokeCapabilityRequest{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[18]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1203,7 +1335,7 @@ func (x *RevokeCapabilityRequest) String() string {
 func (*RevokeCapabilityRequest) ProtoMessage() {}
 
 func (x *RevokeCapabilityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[18]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1216,7 +1348,7 @@ func (x *RevokeCapabilityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeCapabilityRequest.ProtoReflect.Descriptor instead.
 func (*RevokeCapabilityRequest) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{18}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *RevokeCapabilityRequest) GetTarget() string {
@@ -1247,6 +1379,13 @@ func (x *RevokeCapabilityRequest) GetRequestId() string {
 	return ""
 }
 
+func (x *RevokeCapabilityRequest) GetWrite() *WriteOptions {
+	if x != nil {
+		return x.Write
+	}
+	return nil
+}
+
 // RevokeCapabilityResponse is what the instances may still do.
 type RevokeCapabilityResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1260,7 +1399,7 @@ type RevokeCapabilityResponse struct {
 
 func (x *RevokeCapabilityResponse) Reset() {
 	*x = RevokeCapabilityResponse{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[19]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1272,7 +1411,7 @@ func (x *RevokeCapabilityResponse) String() string {
 func (*RevokeCapabilityResponse) ProtoMessage() {}
 
 func (x *RevokeCapabilityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[19]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1285,7 +1424,7 @@ func (x *RevokeCapabilityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeCapabilityResponse.ProtoReflect.Descriptor instead.
 func (*RevokeCapabilityResponse) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{19}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *RevokeCapabilityResponse) GetAssignments() []*CapabilityAssignment {
@@ -1312,14 +1451,16 @@ type UploadModuleHeader struct {
 	// The digest the binary must have; empty means that the server computes it.
 	Digest string `protobuf:"bytes,3,opt,name=digest,proto3" json:"digest,omitempty"`
 	// See StartInstanceRequest.
-	RequestId     string `protobuf:"bytes,4,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	RequestId string `protobuf:"bytes,4,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	// Session and precondition of the write.
+	Write         *WriteOptions `protobuf:"bytes,15,opt,name=write,proto3" json:"write,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *UploadModuleHeader) Reset() {
 	*x = UploadModuleHeader{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[20]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1331,7 +1472,7 @@ func (x *UploadModuleHeader) String() string {
 func (*UploadModuleHeader) ProtoMessage() {}
 
 func (x *UploadModuleHeader) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[20]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1344,7 +1485,7 @@ func (x *UploadModuleHeader) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UploadModuleHeader.ProtoReflect.Descriptor instead.
 func (*UploadModuleHeader) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{20}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *UploadModuleHeader) GetName() string {
@@ -1375,6 +1516,13 @@ func (x *UploadModuleHeader) GetRequestId() string {
 	return ""
 }
 
+func (x *UploadModuleHeader) GetWrite() *WriteOptions {
+	if x != nil {
+		return x.Write
+	}
+	return nil
+}
+
 // UploadModuleRequest is one message of an upload.
 type UploadModuleRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1391,7 +1539,7 @@ type UploadModuleRequest struct {
 
 func (x *UploadModuleRequest) Reset() {
 	*x = UploadModuleRequest{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[21]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1403,7 +1551,7 @@ func (x *UploadModuleRequest) String() string {
 func (*UploadModuleRequest) ProtoMessage() {}
 
 func (x *UploadModuleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[21]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1416,7 +1564,7 @@ func (x *UploadModuleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UploadModuleRequest.ProtoReflect.Descriptor instead.
 func (*UploadModuleRequest) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{21}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *UploadModuleRequest) GetPart() isUploadModuleRequest_Part {
@@ -1475,7 +1623,7 @@ type UploadModuleResponse struct {
 
 func (x *UploadModuleResponse) Reset() {
 	*x = UploadModuleResponse{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[22]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1487,7 +1635,7 @@ func (x *UploadModuleResponse) String() string {
 func (*UploadModuleResponse) ProtoMessage() {}
 
 func (x *UploadModuleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[22]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1500,7 +1648,7 @@ func (x *UploadModuleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UploadModuleResponse.ProtoReflect.Descriptor instead.
 func (*UploadModuleResponse) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{22}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *UploadModuleResponse) GetModule() *Module {
@@ -1528,7 +1676,7 @@ type FetchModuleRequest struct {
 
 func (x *FetchModuleRequest) Reset() {
 	*x = FetchModuleRequest{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[23]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1540,7 +1688,7 @@ func (x *FetchModuleRequest) String() string {
 func (*FetchModuleRequest) ProtoMessage() {}
 
 func (x *FetchModuleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[23]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1553,7 +1701,7 @@ func (x *FetchModuleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FetchModuleRequest.ProtoReflect.Descriptor instead.
 func (*FetchModuleRequest) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{23}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *FetchModuleRequest) GetDigest() string {
@@ -1574,7 +1722,7 @@ type FetchModuleResponse struct {
 
 func (x *FetchModuleResponse) Reset() {
 	*x = FetchModuleResponse{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[24]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1586,7 +1734,7 @@ func (x *FetchModuleResponse) String() string {
 func (*FetchModuleResponse) ProtoMessage() {}
 
 func (x *FetchModuleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[24]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1599,7 +1747,7 @@ func (x *FetchModuleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FetchModuleResponse.ProtoReflect.Descriptor instead.
 func (*FetchModuleResponse) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{24}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *FetchModuleResponse) GetChunk() []byte {
@@ -1620,7 +1768,7 @@ type ListModulesRequest struct {
 
 func (x *ListModulesRequest) Reset() {
 	*x = ListModulesRequest{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[25]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1632,7 +1780,7 @@ func (x *ListModulesRequest) String() string {
 func (*ListModulesRequest) ProtoMessage() {}
 
 func (x *ListModulesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[25]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1645,7 +1793,7 @@ func (x *ListModulesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListModulesRequest.ProtoReflect.Descriptor instead.
 func (*ListModulesRequest) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{25}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ListModulesRequest) GetRead() *ReadOptions {
@@ -1668,7 +1816,7 @@ type ListModulesResponse struct {
 
 func (x *ListModulesResponse) Reset() {
 	*x = ListModulesResponse{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[26]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1680,7 +1828,7 @@ func (x *ListModulesResponse) String() string {
 func (*ListModulesResponse) ProtoMessage() {}
 
 func (x *ListModulesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[26]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1693,7 +1841,7 @@ func (x *ListModulesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListModulesResponse.ProtoReflect.Descriptor instead.
 func (*ListModulesResponse) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{26}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ListModulesResponse) GetModules() []*Module {
@@ -1716,14 +1864,16 @@ type RegisterProviderRequest struct {
 	// What it is.
 	Spec *ProviderSpec `protobuf:"bytes,1,opt,name=spec,proto3" json:"spec,omitempty"`
 	// See StartInstanceRequest.
-	RequestId     string `protobuf:"bytes,2,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	RequestId string `protobuf:"bytes,2,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	// Session and precondition of the write.
+	Write         *WriteOptions `protobuf:"bytes,15,opt,name=write,proto3" json:"write,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *RegisterProviderRequest) Reset() {
 	*x = RegisterProviderRequest{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[27]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1735,7 +1885,7 @@ func (x *RegisterProviderRequest) String() string {
 func (*RegisterProviderRequest) ProtoMessage() {}
 
 func (x *RegisterProviderRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[27]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1748,7 +1898,7 @@ func (x *RegisterProviderRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterProviderRequest.ProtoReflect.Descriptor instead.
 func (*RegisterProviderRequest) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{27}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *RegisterProviderRequest) GetSpec() *ProviderSpec {
@@ -1765,6 +1915,13 @@ func (x *RegisterProviderRequest) GetRequestId() string {
 	return ""
 }
 
+func (x *RegisterProviderRequest) GetWrite() *WriteOptions {
+	if x != nil {
+		return x.Write
+	}
+	return nil
+}
+
 // RegisterProviderResponse is the new provider.
 type RegisterProviderResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1778,7 +1935,7 @@ type RegisterProviderResponse struct {
 
 func (x *RegisterProviderResponse) Reset() {
 	*x = RegisterProviderResponse{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[28]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1790,7 +1947,7 @@ func (x *RegisterProviderResponse) String() string {
 func (*RegisterProviderResponse) ProtoMessage() {}
 
 func (x *RegisterProviderResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[28]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1803,7 +1960,7 @@ func (x *RegisterProviderResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterProviderResponse.ProtoReflect.Descriptor instead.
 func (*RegisterProviderResponse) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{28}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *RegisterProviderResponse) GetProvider() *Provider {
@@ -1826,14 +1983,16 @@ type StartProviderRequest struct {
 	// The provider's id.
 	ProviderId string `protobuf:"bytes,1,opt,name=provider_id,json=providerId,proto3" json:"provider_id,omitempty"`
 	// See StartInstanceRequest.
-	RequestId     string `protobuf:"bytes,2,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	RequestId string `protobuf:"bytes,2,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	// Session and precondition of the write.
+	Write         *WriteOptions `protobuf:"bytes,15,opt,name=write,proto3" json:"write,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *StartProviderRequest) Reset() {
 	*x = StartProviderRequest{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[29]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1845,7 +2004,7 @@ func (x *StartProviderRequest) String() string {
 func (*StartProviderRequest) ProtoMessage() {}
 
 func (x *StartProviderRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[29]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1858,7 +2017,7 @@ func (x *StartProviderRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartProviderRequest.ProtoReflect.Descriptor instead.
 func (*StartProviderRequest) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{29}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *StartProviderRequest) GetProviderId() string {
@@ -1875,6 +2034,13 @@ func (x *StartProviderRequest) GetRequestId() string {
 	return ""
 }
 
+func (x *StartProviderRequest) GetWrite() *WriteOptions {
+	if x != nil {
+		return x.Write
+	}
+	return nil
+}
+
 // StartProviderResponse is the provider.
 type StartProviderResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1888,7 +2054,7 @@ type StartProviderResponse struct {
 
 func (x *StartProviderResponse) Reset() {
 	*x = StartProviderResponse{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[30]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1900,7 +2066,7 @@ func (x *StartProviderResponse) String() string {
 func (*StartProviderResponse) ProtoMessage() {}
 
 func (x *StartProviderResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[30]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1913,7 +2079,7 @@ func (x *StartProviderResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartProviderResponse.ProtoReflect.Descriptor instead.
 func (*StartProviderResponse) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{30}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *StartProviderResponse) GetProvider() *Provider {
@@ -1936,14 +2102,16 @@ type StopProviderRequest struct {
 	// The provider's id.
 	ProviderId string `protobuf:"bytes,1,opt,name=provider_id,json=providerId,proto3" json:"provider_id,omitempty"`
 	// See StartInstanceRequest.
-	RequestId     string `protobuf:"bytes,2,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	RequestId string `protobuf:"bytes,2,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	// Session and precondition of the write.
+	Write         *WriteOptions `protobuf:"bytes,15,opt,name=write,proto3" json:"write,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *StopProviderRequest) Reset() {
 	*x = StopProviderRequest{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[31]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1955,7 +2123,7 @@ func (x *StopProviderRequest) String() string {
 func (*StopProviderRequest) ProtoMessage() {}
 
 func (x *StopProviderRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[31]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1968,7 +2136,7 @@ func (x *StopProviderRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopProviderRequest.ProtoReflect.Descriptor instead.
 func (*StopProviderRequest) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{31}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *StopProviderRequest) GetProviderId() string {
@@ -1985,6 +2153,13 @@ func (x *StopProviderRequest) GetRequestId() string {
 	return ""
 }
 
+func (x *StopProviderRequest) GetWrite() *WriteOptions {
+	if x != nil {
+		return x.Write
+	}
+	return nil
+}
+
 // StopProviderResponse is the provider.
 type StopProviderResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1998,7 +2173,7 @@ type StopProviderResponse struct {
 
 func (x *StopProviderResponse) Reset() {
 	*x = StopProviderResponse{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[32]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2010,7 +2185,7 @@ func (x *StopProviderResponse) String() string {
 func (*StopProviderResponse) ProtoMessage() {}
 
 func (x *StopProviderResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[32]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2023,7 +2198,7 @@ func (x *StopProviderResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopProviderResponse.ProtoReflect.Descriptor instead.
 func (*StopProviderResponse) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{32}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *StopProviderResponse) GetProvider() *Provider {
@@ -2046,14 +2221,16 @@ type UpdateProviderRequest struct {
 	// The whole new spec; id and type cannot change.
 	Spec *ProviderSpec `protobuf:"bytes,1,opt,name=spec,proto3" json:"spec,omitempty"`
 	// See StartInstanceRequest.
-	RequestId     string `protobuf:"bytes,2,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	RequestId string `protobuf:"bytes,2,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	// Session and precondition of the write.
+	Write         *WriteOptions `protobuf:"bytes,15,opt,name=write,proto3" json:"write,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *UpdateProviderRequest) Reset() {
 	*x = UpdateProviderRequest{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[33]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2065,7 +2242,7 @@ func (x *UpdateProviderRequest) String() string {
 func (*UpdateProviderRequest) ProtoMessage() {}
 
 func (x *UpdateProviderRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[33]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2078,7 +2255,7 @@ func (x *UpdateProviderRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateProviderRequest.ProtoReflect.Descriptor instead.
 func (*UpdateProviderRequest) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{33}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *UpdateProviderRequest) GetSpec() *ProviderSpec {
@@ -2095,6 +2272,13 @@ func (x *UpdateProviderRequest) GetRequestId() string {
 	return ""
 }
 
+func (x *UpdateProviderRequest) GetWrite() *WriteOptions {
+	if x != nil {
+		return x.Write
+	}
+	return nil
+}
+
 // UpdateProviderResponse is the provider.
 type UpdateProviderResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -2108,7 +2292,7 @@ type UpdateProviderResponse struct {
 
 func (x *UpdateProviderResponse) Reset() {
 	*x = UpdateProviderResponse{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[34]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2120,7 +2304,7 @@ func (x *UpdateProviderResponse) String() string {
 func (*UpdateProviderResponse) ProtoMessage() {}
 
 func (x *UpdateProviderResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[34]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2133,7 +2317,7 @@ func (x *UpdateProviderResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateProviderResponse.ProtoReflect.Descriptor instead.
 func (*UpdateProviderResponse) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{34}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *UpdateProviderResponse) GetProvider() *Provider {
@@ -2156,14 +2340,16 @@ type DeregisterProviderRequest struct {
 	// The provider's id.
 	ProviderId string `protobuf:"bytes,1,opt,name=provider_id,json=providerId,proto3" json:"provider_id,omitempty"`
 	// See StartInstanceRequest.
-	RequestId     string `protobuf:"bytes,2,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	RequestId string `protobuf:"bytes,2,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	// Session and precondition of the write.
+	Write         *WriteOptions `protobuf:"bytes,15,opt,name=write,proto3" json:"write,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *DeregisterProviderRequest) Reset() {
 	*x = DeregisterProviderRequest{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[35]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2175,7 +2361,7 @@ func (x *DeregisterProviderRequest) String() string {
 func (*DeregisterProviderRequest) ProtoMessage() {}
 
 func (x *DeregisterProviderRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[35]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2188,7 +2374,7 @@ func (x *DeregisterProviderRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeregisterProviderRequest.ProtoReflect.Descriptor instead.
 func (*DeregisterProviderRequest) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{35}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *DeregisterProviderRequest) GetProviderId() string {
@@ -2205,6 +2391,13 @@ func (x *DeregisterProviderRequest) GetRequestId() string {
 	return ""
 }
 
+func (x *DeregisterProviderRequest) GetWrite() *WriteOptions {
+	if x != nil {
+		return x.Write
+	}
+	return nil
+}
+
 // DeregisterProviderResponse acknowledges a removal.
 type DeregisterProviderResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -2216,7 +2409,7 @@ type DeregisterProviderResponse struct {
 
 func (x *DeregisterProviderResponse) Reset() {
 	*x = DeregisterProviderResponse{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[36]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2228,7 +2421,7 @@ func (x *DeregisterProviderResponse) String() string {
 func (*DeregisterProviderResponse) ProtoMessage() {}
 
 func (x *DeregisterProviderResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[36]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2241,7 +2434,7 @@ func (x *DeregisterProviderResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeregisterProviderResponse.ProtoReflect.Descriptor instead.
 func (*DeregisterProviderResponse) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{36}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *DeregisterProviderResponse) GetIndex() uint64 {
@@ -2264,7 +2457,7 @@ type GetProviderRequest struct {
 
 func (x *GetProviderRequest) Reset() {
 	*x = GetProviderRequest{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[37]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2276,7 +2469,7 @@ func (x *GetProviderRequest) String() string {
 func (*GetProviderRequest) ProtoMessage() {}
 
 func (x *GetProviderRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[37]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2289,7 +2482,7 @@ func (x *GetProviderRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetProviderRequest.ProtoReflect.Descriptor instead.
 func (*GetProviderRequest) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{37}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *GetProviderRequest) GetProviderId() string {
@@ -2321,7 +2514,7 @@ type GetProviderResponse struct {
 
 func (x *GetProviderResponse) Reset() {
 	*x = GetProviderResponse{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[38]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2333,7 +2526,7 @@ func (x *GetProviderResponse) String() string {
 func (*GetProviderResponse) ProtoMessage() {}
 
 func (x *GetProviderResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[38]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2346,7 +2539,7 @@ func (x *GetProviderResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetProviderResponse.ProtoReflect.Descriptor instead.
 func (*GetProviderResponse) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{38}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *GetProviderResponse) GetProvider() *Provider {
@@ -2381,7 +2574,7 @@ type ListProvidersRequest struct {
 
 func (x *ListProvidersRequest) Reset() {
 	*x = ListProvidersRequest{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[39]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2393,7 +2586,7 @@ func (x *ListProvidersRequest) String() string {
 func (*ListProvidersRequest) ProtoMessage() {}
 
 func (x *ListProvidersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[39]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2406,7 +2599,7 @@ func (x *ListProvidersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListProvidersRequest.ProtoReflect.Descriptor instead.
 func (*ListProvidersRequest) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{39}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ListProvidersRequest) GetRead() *ReadOptions {
@@ -2429,7 +2622,7 @@ type ListProvidersResponse struct {
 
 func (x *ListProvidersResponse) Reset() {
 	*x = ListProvidersResponse{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[40]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2441,7 +2634,7 @@ func (x *ListProvidersResponse) String() string {
 func (*ListProvidersResponse) ProtoMessage() {}
 
 func (x *ListProvidersResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[40]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2454,7 +2647,7 @@ func (x *ListProvidersResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListProvidersResponse.ProtoReflect.Descriptor instead.
 func (*ListProvidersResponse) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{40}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ListProvidersResponse) GetProviders() []*Provider {
@@ -2490,7 +2683,7 @@ type CallProviderRequest struct {
 
 func (x *CallProviderRequest) Reset() {
 	*x = CallProviderRequest{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[41]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2502,7 +2695,7 @@ func (x *CallProviderRequest) String() string {
 func (*CallProviderRequest) ProtoMessage() {}
 
 func (x *CallProviderRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[41]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2515,7 +2708,7 @@ func (x *CallProviderRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CallProviderRequest.ProtoReflect.Descriptor instead.
 func (*CallProviderRequest) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{41}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *CallProviderRequest) GetProviderId() string {
@@ -2564,7 +2757,7 @@ type CallProviderResponse struct {
 
 func (x *CallProviderResponse) Reset() {
 	*x = CallProviderResponse{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[42]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2576,7 +2769,7 @@ func (x *CallProviderResponse) String() string {
 func (*CallProviderResponse) ProtoMessage() {}
 
 func (x *CallProviderResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[42]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2589,7 +2782,7 @@ func (x *CallProviderResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CallProviderResponse.ProtoReflect.Descriptor instead.
 func (*CallProviderResponse) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{42}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *CallProviderResponse) GetPayload() []byte {
@@ -2610,7 +2803,7 @@ type ListNodesRequest struct {
 
 func (x *ListNodesRequest) Reset() {
 	*x = ListNodesRequest{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[43]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2622,7 +2815,7 @@ func (x *ListNodesRequest) String() string {
 func (*ListNodesRequest) ProtoMessage() {}
 
 func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[43]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2635,7 +2828,7 @@ func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesRequest.ProtoReflect.Descriptor instead.
 func (*ListNodesRequest) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{43}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *ListNodesRequest) GetRead() *ReadOptions {
@@ -2660,7 +2853,7 @@ type ListNodesResponse struct {
 
 func (x *ListNodesResponse) Reset() {
 	*x = ListNodesResponse{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[44]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2672,7 +2865,7 @@ func (x *ListNodesResponse) String() string {
 func (*ListNodesResponse) ProtoMessage() {}
 
 func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[44]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2685,7 +2878,7 @@ func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesResponse.ProtoReflect.Descriptor instead.
 func (*ListNodesResponse) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{44}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ListNodesResponse) GetNodes() []*Node {
@@ -2715,14 +2908,16 @@ type DrainNodeRequest struct {
 	// The node's id.
 	NodeId string `protobuf:"bytes,1,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
 	// See StartInstanceRequest.
-	RequestId     string `protobuf:"bytes,2,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	RequestId string `protobuf:"bytes,2,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	// Session and precondition of the write.
+	Write         *WriteOptions `protobuf:"bytes,15,opt,name=write,proto3" json:"write,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *DrainNodeRequest) Reset() {
 	*x = DrainNodeRequest{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[45]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2734,7 +2929,7 @@ func (x *DrainNodeRequest) String() string {
 func (*DrainNodeRequest) ProtoMessage() {}
 
 func (x *DrainNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[45]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2747,7 +2942,7 @@ func (x *DrainNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DrainNodeRequest.ProtoReflect.Descriptor instead.
 func (*DrainNodeRequest) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{45}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *DrainNodeRequest) GetNodeId() string {
@@ -2764,6 +2959,13 @@ func (x *DrainNodeRequest) GetRequestId() string {
 	return ""
 }
 
+func (x *DrainNodeRequest) GetWrite() *WriteOptions {
+	if x != nil {
+		return x.Write
+	}
+	return nil
+}
+
 // DrainNodeResponse is the node.
 type DrainNodeResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -2777,7 +2979,7 @@ type DrainNodeResponse struct {
 
 func (x *DrainNodeResponse) Reset() {
 	*x = DrainNodeResponse{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[46]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2789,7 +2991,7 @@ func (x *DrainNodeResponse) String() string {
 func (*DrainNodeResponse) ProtoMessage() {}
 
 func (x *DrainNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[46]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2802,7 +3004,7 @@ func (x *DrainNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DrainNodeResponse.ProtoReflect.Descriptor instead.
 func (*DrainNodeResponse) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{46}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *DrainNodeResponse) GetNode() *Node {
@@ -2825,14 +3027,16 @@ type UndrainNodeRequest struct {
 	// The node's id.
 	NodeId string `protobuf:"bytes,1,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
 	// See StartInstanceRequest.
-	RequestId     string `protobuf:"bytes,2,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	RequestId string `protobuf:"bytes,2,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	// Session and precondition of the write.
+	Write         *WriteOptions `protobuf:"bytes,15,opt,name=write,proto3" json:"write,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *UndrainNodeRequest) Reset() {
 	*x = UndrainNodeRequest{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[47]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2844,7 +3048,7 @@ func (x *UndrainNodeRequest) String() string {
 func (*UndrainNodeRequest) ProtoMessage() {}
 
 func (x *UndrainNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[47]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2857,7 +3061,7 @@ func (x *UndrainNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UndrainNodeRequest.ProtoReflect.Descriptor instead.
 func (*UndrainNodeRequest) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{47}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *UndrainNodeRequest) GetNodeId() string {
@@ -2874,6 +3078,13 @@ func (x *UndrainNodeRequest) GetRequestId() string {
 	return ""
 }
 
+func (x *UndrainNodeRequest) GetWrite() *WriteOptions {
+	if x != nil {
+		return x.Write
+	}
+	return nil
+}
+
 // UndrainNodeResponse is the node.
 type UndrainNodeResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -2887,7 +3098,7 @@ type UndrainNodeResponse struct {
 
 func (x *UndrainNodeResponse) Reset() {
 	*x = UndrainNodeResponse{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[48]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2899,7 +3110,7 @@ func (x *UndrainNodeResponse) String() string {
 func (*UndrainNodeResponse) ProtoMessage() {}
 
 func (x *UndrainNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[48]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2912,7 +3123,7 @@ func (x *UndrainNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UndrainNodeResponse.ProtoReflect.Descriptor instead.
 func (*UndrainNodeResponse) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{48}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *UndrainNodeResponse) GetNode() *Node {
@@ -2946,7 +3157,7 @@ type WatchEventsRequest struct {
 
 func (x *WatchEventsRequest) Reset() {
 	*x = WatchEventsRequest{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[49]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2958,7 +3169,7 @@ func (x *WatchEventsRequest) String() string {
 func (*WatchEventsRequest) ProtoMessage() {}
 
 func (x *WatchEventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[49]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2971,7 +3182,7 @@ func (x *WatchEventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchEventsRequest.ProtoReflect.Descriptor instead.
 func (*WatchEventsRequest) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{49}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *WatchEventsRequest) GetAfterSequence() uint64 {
@@ -3015,7 +3226,7 @@ type WatchEventsResponse struct {
 
 func (x *WatchEventsResponse) Reset() {
 	*x = WatchEventsResponse{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[50]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3027,7 +3238,7 @@ func (x *WatchEventsResponse) String() string {
 func (*WatchEventsResponse) ProtoMessage() {}
 
 func (x *WatchEventsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[50]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3040,7 +3251,7 @@ func (x *WatchEventsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchEventsResponse.ProtoReflect.Descriptor instead.
 func (*WatchEventsResponse) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{50}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *WatchEventsResponse) GetEvent() *Event {
@@ -3074,7 +3285,7 @@ type FollowLogsRequest struct {
 
 func (x *FollowLogsRequest) Reset() {
 	*x = FollowLogsRequest{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[51]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3086,7 +3297,7 @@ func (x *FollowLogsRequest) String() string {
 func (*FollowLogsRequest) ProtoMessage() {}
 
 func (x *FollowLogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[51]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3099,7 +3310,7 @@ func (x *FollowLogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FollowLogsRequest.ProtoReflect.Descriptor instead.
 func (*FollowLogsRequest) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{51}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *FollowLogsRequest) GetTargets() []string {
@@ -3157,7 +3368,7 @@ type LogEntry struct {
 
 func (x *LogEntry) Reset() {
 	*x = LogEntry{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[52]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3169,7 +3380,7 @@ func (x *LogEntry) String() string {
 func (*LogEntry) ProtoMessage() {}
 
 func (x *LogEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[52]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3182,7 +3393,7 @@ func (x *LogEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogEntry.ProtoReflect.Descriptor instead.
 func (*LogEntry) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{52}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *LogEntry) GetTime() *timestamppb.Timestamp {
@@ -3259,7 +3470,7 @@ type FollowLogsResponse struct {
 
 func (x *FollowLogsResponse) Reset() {
 	*x = FollowLogsResponse{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[53]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3271,7 +3482,7 @@ func (x *FollowLogsResponse) String() string {
 func (*FollowLogsResponse) ProtoMessage() {}
 
 func (x *FollowLogsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[53]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3284,7 +3495,7 @@ func (x *FollowLogsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FollowLogsResponse.ProtoReflect.Descriptor instead.
 func (*FollowLogsResponse) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{53}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *FollowLogsResponse) GetEntry() *LogEntry {
@@ -3294,6 +3505,125 @@ func (x *FollowLogsResponse) GetEntry() *LogEntry {
 	return nil
 }
 
+// OpenSessionRequest begins a session.
+type OpenSessionRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// For how long without a write the session is kept, 10 minutes to 24 hours; unset means one hour.
+	IdleTimeout *durationpb.Duration `protobuf:"bytes,1,opt,name=idle_timeout,json=idleTimeout,proto3" json:"idle_timeout,omitempty"`
+	// See StartInstanceRequest.
+	RequestId     string `protobuf:"bytes,2,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OpenSessionRequest) Reset() {
+	*x = OpenSessionRequest{}
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[55]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OpenSessionRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OpenSessionRequest) ProtoMessage() {}
+
+func (x *OpenSessionRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[55]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OpenSessionRequest.ProtoReflect.Descriptor instead.
+func (*OpenSessionRequest) Descriptor() ([]byte, []int) {
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{55}
+}
+
+func (x *OpenSessionRequest) GetIdleTimeout() *durationpb.Duration {
+	if x != nil {
+		return x.IdleTimeout
+	}
+	return nil
+}
+
+func (x *OpenSessionRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+// OpenSessionResponse is the session.
+type OpenSessionResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Goes into WriteOptions. Only the caller that opened the session can use it.
+	SessionId string `protobuf:"bytes,1,opt,name=session_id,json=sessionId,proto3" json:"session_id,omitempty"`
+	// For how long without a write it is kept.
+	IdleTimeout *durationpb.Duration `protobuf:"bytes,2,opt,name=idle_timeout,json=idleTimeout,proto3" json:"idle_timeout,omitempty"`
+	// The Raft index of the commit.
+	Index         uint64 `protobuf:"varint,3,opt,name=index,proto3" json:"index,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OpenSessionResponse) Reset() {
+	*x = OpenSessionResponse{}
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[56]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OpenSessionResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OpenSessionResponse) ProtoMessage() {}
+
+func (x *OpenSessionResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[56]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OpenSessionResponse.ProtoReflect.Descriptor instead.
+func (*OpenSessionResponse) Descriptor() ([]byte, []int) {
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{56}
+}
+
+func (x *OpenSessionResponse) GetSessionId() string {
+	if x != nil {
+		return x.SessionId
+	}
+	return ""
+}
+
+func (x *OpenSessionResponse) GetIdleTimeout() *durationpb.Duration {
+	if x != nil {
+		return x.IdleTimeout
+	}
+	return nil
+}
+
+func (x *OpenSessionResponse) GetIndex() uint64 {
+	if x != nil {
+		return x.Index
+	}
+	return 0
+}
+
 var File_wasmatrix_v1_control_proto protoreflect.FileDescriptor
 
 const file_wasmatrix_v1_control_proto_rawDesc = "" +
@@ -3301,36 +3631,47 @@ const file_wasmatrix_v1_control_proto_rawDesc = "" +
 	"\x1awasmatrix/v1/control.proto\x12\fwasmatrix.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18wasmatrix/v1/event.proto\x1a\x18wasmatrix/v1/guest.proto\x1a\x1bwasmatrix/v1/instance.proto\x1a\x19wasmatrix/v1/module.proto\x1a\x17wasmatrix/v1/node.proto\x1a\x1bwasmatrix/v1/provider.proto\"@\n" +
 	"\vReadOptions\x12\x14\n" +
 	"\x05stale\x18\x01 \x01(\bR\x05stale\x12\x1b\n" +
-	"\tmin_index\x18\x02 \x01(\x04R\bminIndex\"v\n" +
+	"\tmin_index\x18\x02 \x01(\x04R\bminIndex\"\xb7\x01\n" +
+	"\fWriteOptions\x12&\n" +
+	"\n" +
+	"session_id\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x18@R\tsessionId\x12\x1a\n" +
+	"\bsequence\x18\x02 \x01(\x04R\bsequence\x12+\n" +
+	"\x11first_outstanding\x18\x03 \x01(\x04R\x10firstOutstanding\x12\x19\n" +
+	"\bif_index\x18\x04 \x01(\x04R\aifIndex\x12\x1b\n" +
+	"\tif_absent\x18\x05 \x01(\bR\bifAbsent\"\xa8\x01\n" +
 	"\x14StartInstanceRequest\x126\n" +
 	"\x04spec\x18\x01 \x01(\v2\x1a.wasmatrix.v1.WorkloadSpecB\x06\xbaH\x03\xc8\x01\x01R\x04spec\x12&\n" +
 	"\n" +
-	"request_id\x18\x02 \x01(\tB\a\xbaH\x04r\x02\x18@R\trequestId\"c\n" +
+	"request_id\x18\x02 \x01(\tB\a\xbaH\x04r\x02\x18@R\trequestId\x120\n" +
+	"\x05write\x18\x0f \x01(\v2\x1a.wasmatrix.v1.WriteOptionsR\x05write\"c\n" +
 	"\x15StartInstanceResponse\x124\n" +
 	"\tinstances\x18\x01 \x03(\v2\x16.wasmatrix.v1.InstanceR\tinstances\x12\x14\n" +
-	"\x05index\x18\x02 \x01(\x04R\x05index\"a\n" +
+	"\x05index\x18\x02 \x01(\x04R\x05index\"\x93\x01\n" +
 	"\x13StopInstanceRequest\x12\"\n" +
 	"\x06target\x18\x01 \x01(\tB\n" +
 	"\xbaH\ar\x05\x10\x01\x18\x80\x01R\x06target\x12&\n" +
 	"\n" +
-	"request_id\x18\x02 \x01(\tB\a\xbaH\x04r\x02\x18@R\trequestId\"b\n" +
+	"request_id\x18\x02 \x01(\tB\a\xbaH\x04r\x02\x18@R\trequestId\x120\n" +
+	"\x05write\x18\x0f \x01(\v2\x1a.wasmatrix.v1.WriteOptionsR\x05write\"b\n" +
 	"\x14StopInstanceResponse\x124\n" +
 	"\tinstances\x18\x01 \x03(\v2\x16.wasmatrix.v1.InstanceR\tinstances\x12\x14\n" +
-	"\x05index\x18\x02 \x01(\x04R\x05index\"d\n" +
+	"\x05index\x18\x02 \x01(\x04R\x05index\"\x96\x01\n" +
 	"\x16RestartInstanceRequest\x12\"\n" +
 	"\x06target\x18\x01 \x01(\tB\n" +
 	"\xbaH\ar\x05\x10\x01\x18\x80\x01R\x06target\x12&\n" +
 	"\n" +
-	"request_id\x18\x02 \x01(\tB\a\xbaH\x04r\x02\x18@R\trequestId\"e\n" +
+	"request_id\x18\x02 \x01(\tB\a\xbaH\x04r\x02\x18@R\trequestId\x120\n" +
+	"\x05write\x18\x0f \x01(\v2\x1a.wasmatrix.v1.WriteOptionsR\x05write\"e\n" +
 	"\x17RestartInstanceResponse\x124\n" +
 	"\tinstances\x18\x01 \x03(\v2\x16.wasmatrix.v1.InstanceR\tinstances\x12\x14\n" +
-	"\x05index\x18\x02 \x01(\x04R\x05index\"y\n" +
+	"\x05index\x18\x02 \x01(\x04R\x05index\"\xab\x01\n" +
 	"\x15RemoveInstanceRequest\x12\"\n" +
 	"\x06target\x18\x01 \x01(\tB\n" +
 	"\xbaH\ar\x05\x10\x01\x18\x80\x01R\x06target\x12\x14\n" +
 	"\x05force\x18\x02 \x01(\bR\x05force\x12&\n" +
 	"\n" +
-	"request_id\x18\x03 \x01(\tB\a\xbaH\x04r\x02\x18@R\trequestId\"Q\n" +
+	"request_id\x18\x03 \x01(\tB\a\xbaH\x04r\x02\x18@R\trequestId\x120\n" +
+	"\x05write\x18\x0f \x01(\v2\x1a.wasmatrix.v1.WriteOptionsR\x05write\"Q\n" +
 	"\x16RemoveInstanceResponse\x12!\n" +
 	"\finstance_ids\x18\x01 \x03(\tR\vinstanceIds\x12\x14\n" +
 	"\x05index\x18\x02 \x01(\x04R\x05index\"i\n" +
@@ -3366,16 +3707,17 @@ const file_wasmatrix_v1_control_proto_rawDesc = "" +
 	"\x0fExplainResponse\x122\n" +
 	"\binstance\x18\x01 \x01(\v2\x16.wasmatrix.v1.InstanceR\binstance\x12/\n" +
 	"\x05nodes\x18\x02 \x03(\v2\x19.wasmatrix.v1.NodeVerdictR\x05nodes\x12\x14\n" +
-	"\x05index\x18\x03 \x01(\x04R\x05index\"\xa2\x01\n" +
+	"\x05index\x18\x03 \x01(\x04R\x05index\"\xd4\x01\n" +
 	"\x17AssignCapabilityRequest\x12\"\n" +
 	"\x06target\x18\x01 \x01(\tB\n" +
 	"\xbaH\ar\x05\x10\x01\x18\x80\x01R\x06target\x12;\n" +
 	"\x05grant\x18\x02 \x01(\v2\x1d.wasmatrix.v1.CapabilityGrantB\x06\xbaH\x03\xc8\x01\x01R\x05grant\x12&\n" +
 	"\n" +
-	"request_id\x18\x03 \x01(\tB\a\xbaH\x04r\x02\x18@R\trequestId\"v\n" +
+	"request_id\x18\x03 \x01(\tB\a\xbaH\x04r\x02\x18@R\trequestId\x120\n" +
+	"\x05write\x18\x0f \x01(\v2\x1a.wasmatrix.v1.WriteOptionsR\x05write\"v\n" +
 	"\x18AssignCapabilityResponse\x12D\n" +
 	"\vassignments\x18\x01 \x03(\v2\".wasmatrix.v1.CapabilityAssignmentR\vassignments\x12\x14\n" +
-	"\x05index\x18\x02 \x01(\x04R\x05index\"\xbe\x01\n" +
+	"\x05index\x18\x02 \x01(\x04R\x05index\"\xf0\x01\n" +
 	"\x17RevokeCapabilityRequest\x12\"\n" +
 	"\x06target\x18\x01 \x01(\tB\n" +
 	"\xbaH\ar\x05\x10\x01\x18\x80\x01R\x06target\x12*\n" +
@@ -3383,17 +3725,19 @@ const file_wasmatrix_v1_control_proto_rawDesc = "" +
 	"providerId\x12+\n" +
 	"\vpermissions\x18\x03 \x03(\tB\t\xbaH\x06\x92\x01\x03\x10\x80\x02R\vpermissions\x12&\n" +
 	"\n" +
-	"request_id\x18\x04 \x01(\tB\a\xbaH\x04r\x02\x18@R\trequestId\"v\n" +
+	"request_id\x18\x04 \x01(\tB\a\xbaH\x04r\x02\x18@R\trequestId\x120\n" +
+	"\x05write\x18\x0f \x01(\v2\x1a.wasmatrix.v1.WriteOptionsR\x05write\"v\n" +
 	"\x18RevokeCapabilityResponse\x12D\n" +
 	"\vassignments\x18\x01 \x03(\v2\".wasmatrix.v1.CapabilityAssignmentR\vassignments\x12\x14\n" +
-	"\x05index\x18\x02 \x01(\x04R\x05index\"\xc0\x01\n" +
+	"\x05index\x18\x02 \x01(\x04R\x05index\"\xf2\x01\n" +
 	"\x12UploadModuleHeader\x12\x1c\n" +
 	"\x04name\x18\x01 \x01(\tB\b\xbaH\x05r\x03\x18\xff\x01R\x04name\x12+\n" +
 	"\n" +
 	"size_bytes\x18\x02 \x01(\x04B\f\xbaH\t2\a\x18\x80\x80\x80 (\x01R\tsizeBytes\x127\n" +
 	"\x06digest\x18\x03 \x01(\tB\x1f\xbaH\x1cr\x1a2\x18^(sha256:[0-9a-f]{64})?$R\x06digest\x12&\n" +
 	"\n" +
-	"request_id\x18\x04 \x01(\tB\a\xbaH\x04r\x02\x18@R\trequestId\"\x83\x01\n" +
+	"request_id\x18\x04 \x01(\tB\a\xbaH\x04r\x02\x18@R\trequestId\x120\n" +
+	"\x05write\x18\x0f \x01(\v2\x1a.wasmatrix.v1.WriteOptionsR\x05write\"\x83\x01\n" +
 	"\x13UploadModuleRequest\x12:\n" +
 	"\x06header\x18\x01 \x01(\v2 .wasmatrix.v1.UploadModuleHeaderH\x00R\x06header\x12!\n" +
 	"\x05chunk\x18\x02 \x01(\fB\t\xbaH\x06z\x04\x18\x80\x80@H\x00R\x05chunkB\r\n" +
@@ -3409,42 +3753,47 @@ const file_wasmatrix_v1_control_proto_rawDesc = "" +
 	"\x04read\x18\x01 \x01(\v2\x19.wasmatrix.v1.ReadOptionsR\x04read\"[\n" +
 	"\x13ListModulesResponse\x12.\n" +
 	"\amodules\x18\x01 \x03(\v2\x14.wasmatrix.v1.ModuleR\amodules\x12\x14\n" +
-	"\x05index\x18\x02 \x01(\x04R\x05index\"y\n" +
+	"\x05index\x18\x02 \x01(\x04R\x05index\"\xab\x01\n" +
 	"\x17RegisterProviderRequest\x126\n" +
 	"\x04spec\x18\x01 \x01(\v2\x1a.wasmatrix.v1.ProviderSpecB\x06\xbaH\x03\xc8\x01\x01R\x04spec\x12&\n" +
 	"\n" +
-	"request_id\x18\x02 \x01(\tB\a\xbaH\x04r\x02\x18@R\trequestId\"d\n" +
+	"request_id\x18\x02 \x01(\tB\a\xbaH\x04r\x02\x18@R\trequestId\x120\n" +
+	"\x05write\x18\x0f \x01(\v2\x1a.wasmatrix.v1.WriteOptionsR\x05write\"d\n" +
 	"\x18RegisterProviderResponse\x122\n" +
 	"\bprovider\x18\x01 \x01(\v2\x16.wasmatrix.v1.ProviderR\bprovider\x12\x14\n" +
-	"\x05index\x18\x02 \x01(\x04R\x05index\"j\n" +
+	"\x05index\x18\x02 \x01(\x04R\x05index\"\x9c\x01\n" +
 	"\x14StartProviderRequest\x12*\n" +
 	"\vprovider_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18?R\n" +
 	"providerId\x12&\n" +
 	"\n" +
-	"request_id\x18\x02 \x01(\tB\a\xbaH\x04r\x02\x18@R\trequestId\"a\n" +
+	"request_id\x18\x02 \x01(\tB\a\xbaH\x04r\x02\x18@R\trequestId\x120\n" +
+	"\x05write\x18\x0f \x01(\v2\x1a.wasmatrix.v1.WriteOptionsR\x05write\"a\n" +
 	"\x15StartProviderResponse\x122\n" +
 	"\bprovider\x18\x01 \x01(\v2\x16.wasmatrix.v1.ProviderR\bprovider\x12\x14\n" +
-	"\x05index\x18\x02 \x01(\x04R\x05index\"i\n" +
+	"\x05index\x18\x02 \x01(\x04R\x05index\"\x9b\x01\n" +
 	"\x13StopProviderRequest\x12*\n" +
 	"\vprovider_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18?R\n" +
 	"providerId\x12&\n" +
 	"\n" +
-	"request_id\x18\x02 \x01(\tB\a\xbaH\x04r\x02\x18@R\trequestId\"`\n" +
+	"request_id\x18\x02 \x01(\tB\a\xbaH\x04r\x02\x18@R\trequestId\x120\n" +
+	"\x05write\x18\x0f \x01(\v2\x1a.wasmatrix.v1.WriteOptionsR\x05write\"`\n" +
 	"\x14StopProviderResponse\x122\n" +
 	"\bprovider\x18\x01 \x01(\v2\x16.wasmatrix.v1.ProviderR\bprovider\x12\x14\n" +
-	"\x05index\x18\x02 \x01(\x04R\x05index\"w\n" +
+	"\x05index\x18\x02 \x01(\x04R\x05index\"\xa9\x01\n" +
 	"\x15UpdateProviderRequest\x126\n" +
 	"\x04spec\x18\x01 \x01(\v2\x1a.wasmatrix.v1.ProviderSpecB\x06\xbaH\x03\xc8\x01\x01R\x04spec\x12&\n" +
 	"\n" +
-	"request_id\x18\x02 \x01(\tB\a\xbaH\x04r\x02\x18@R\trequestId\"b\n" +
+	"request_id\x18\x02 \x01(\tB\a\xbaH\x04r\x02\x18@R\trequestId\x120\n" +
+	"\x05write\x18\x0f \x01(\v2\x1a.wasmatrix.v1.WriteOptionsR\x05write\"b\n" +
 	"\x16UpdateProviderResponse\x122\n" +
 	"\bprovider\x18\x01 \x01(\v2\x16.wasmatrix.v1.ProviderR\bprovider\x12\x14\n" +
-	"\x05index\x18\x02 \x01(\x04R\x05index\"o\n" +
+	"\x05index\x18\x02 \x01(\x04R\x05index\"\xa1\x01\n" +
 	"\x19DeregisterProviderRequest\x12*\n" +
 	"\vprovider_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18?R\n" +
 	"providerId\x12&\n" +
 	"\n" +
-	"request_id\x18\x02 \x01(\tB\a\xbaH\x04r\x02\x18@R\trequestId\"2\n" +
+	"request_id\x18\x02 \x01(\tB\a\xbaH\x04r\x02\x18@R\trequestId\x120\n" +
+	"\x05write\x18\x0f \x01(\v2\x1a.wasmatrix.v1.WriteOptionsR\x05write\"2\n" +
 	"\x1aDeregisterProviderResponse\x12\x14\n" +
 	"\x05index\x18\x01 \x01(\x04R\x05index\"o\n" +
 	"\x12GetProviderRequest\x12*\n" +
@@ -3480,18 +3829,20 @@ const file_wasmatrix_v1_control_proto_rawDesc = "" +
 	"\x0finstance_counts\x18\x03 \x03(\v23.wasmatrix.v1.ListNodesResponse.InstanceCountsEntryR\x0einstanceCounts\x1aA\n" +
 	"\x13InstanceCountsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\rR\x05value:\x028\x01\"^\n" +
+	"\x05value\x18\x02 \x01(\rR\x05value:\x028\x01\"\x90\x01\n" +
 	"\x10DrainNodeRequest\x12\"\n" +
 	"\anode_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18?R\x06nodeId\x12&\n" +
 	"\n" +
-	"request_id\x18\x02 \x01(\tB\a\xbaH\x04r\x02\x18@R\trequestId\"Q\n" +
+	"request_id\x18\x02 \x01(\tB\a\xbaH\x04r\x02\x18@R\trequestId\x120\n" +
+	"\x05write\x18\x0f \x01(\v2\x1a.wasmatrix.v1.WriteOptionsR\x05write\"Q\n" +
 	"\x11DrainNodeResponse\x12&\n" +
 	"\x04node\x18\x01 \x01(\v2\x12.wasmatrix.v1.NodeR\x04node\x12\x14\n" +
-	"\x05index\x18\x02 \x01(\x04R\x05index\"`\n" +
+	"\x05index\x18\x02 \x01(\x04R\x05index\"\x92\x01\n" +
 	"\x12UndrainNodeRequest\x12\"\n" +
 	"\anode_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18?R\x06nodeId\x12&\n" +
 	"\n" +
-	"request_id\x18\x02 \x01(\tB\a\xbaH\x04r\x02\x18@R\trequestId\"S\n" +
+	"request_id\x18\x02 \x01(\tB\a\xbaH\x04r\x02\x18@R\trequestId\x120\n" +
+	"\x05write\x18\x0f \x01(\v2\x1a.wasmatrix.v1.WriteOptionsR\x05write\"S\n" +
 	"\x13UndrainNodeResponse\x12&\n" +
 	"\x04node\x18\x01 \x01(\v2\x12.wasmatrix.v1.NodeR\x04node\x12\x14\n" +
 	"\x05index\x18\x02 \x01(\x04R\x05index\"\xb0\x01\n" +
@@ -3527,13 +3878,22 @@ const file_wasmatrix_v1_control_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"B\n" +
 	"\x12FollowLogsResponse\x12,\n" +
-	"\x05entry\x18\x01 \x01(\v2\x16.wasmatrix.v1.LogEntryR\x05entry*\x80\x01\n" +
+	"\x05entry\x18\x01 \x01(\v2\x16.wasmatrix.v1.LogEntryR\x05entry\"\x8d\x01\n" +
+	"\x12OpenSessionRequest\x12O\n" +
+	"\fidle_timeout\x18\x01 \x01(\v2\x19.google.protobuf.DurationB\x11\xbaH\x0e\xaa\x01\v\"\x04\b\x80\xa3\x052\x03\b\xd8\x04R\vidleTimeout\x12&\n" +
+	"\n" +
+	"request_id\x18\x02 \x01(\tB\a\xbaH\x04r\x02\x18@R\trequestId\"\x88\x01\n" +
+	"\x13OpenSessionResponse\x12\x1d\n" +
+	"\n" +
+	"session_id\x18\x01 \x01(\tR\tsessionId\x12<\n" +
+	"\fidle_timeout\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\vidleTimeout\x12\x14\n" +
+	"\x05index\x18\x03 \x01(\x04R\x05index*\x80\x01\n" +
 	"\tLogStream\x12\x1a\n" +
 	"\x16LOG_STREAM_UNSPECIFIED\x10\x00\x12\x15\n" +
 	"\x11LOG_STREAM_STDOUT\x10\x01\x12\x15\n" +
 	"\x11LOG_STREAM_STDERR\x10\x02\x12\x12\n" +
 	"\x0eLOG_STREAM_LOG\x10\x03\x12\x15\n" +
-	"\x11LOG_STREAM_SYSTEM\x10\x042\x85\x12\n" +
+	"\x11LOG_STREAM_SYSTEM\x10\x042\xd9\x12\n" +
 	"\x13ControlPlaneService\x12X\n" +
 	"\rStartInstance\x12\".wasmatrix.v1.StartInstanceRequest\x1a#.wasmatrix.v1.StartInstanceResponse\x12U\n" +
 	"\fStopInstance\x12!.wasmatrix.v1.StopInstanceRequest\x1a\".wasmatrix.v1.StopInstanceResponse\x12^\n" +
@@ -3561,7 +3921,8 @@ const file_wasmatrix_v1_control_proto_rawDesc = "" +
 	"\vWatchEvents\x12 .wasmatrix.v1.WatchEventsRequest\x1a!.wasmatrix.v1.WatchEventsResponse0\x01\x12C\n" +
 	"\x06Invoke\x12\x1b.wasmatrix.v1.InvokeRequest\x1a\x1c.wasmatrix.v1.InvokeResponse\x12Q\n" +
 	"\n" +
-	"FollowLogs\x12\x1f.wasmatrix.v1.FollowLogsRequest\x1a .wasmatrix.v1.FollowLogsResponse0\x01B?Z=github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1;wasmatrixv1b\x06proto3"
+	"FollowLogs\x12\x1f.wasmatrix.v1.FollowLogsRequest\x1a .wasmatrix.v1.FollowLogsResponse0\x01\x12R\n" +
+	"\vOpenSession\x12 .wasmatrix.v1.OpenSessionRequest\x1a!.wasmatrix.v1.OpenSessionResponseB?Z=github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1;wasmatrixv1b\x06proto3"
 
 var (
 	file_wasmatrix_v1_control_proto_rawDescOnce sync.Once
@@ -3576,184 +3937,205 @@ func file_wasmatrix_v1_control_proto_rawDescGZIP() []byte {
 }
 
 var file_wasmatrix_v1_control_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_wasmatrix_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 56)
+var file_wasmatrix_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 59)
 var file_wasmatrix_v1_control_proto_goTypes = []any{
 	(LogStream)(0),                     // 0: wasmatrix.v1.LogStream
 	(*ReadOptions)(nil),                // 1: wasmatrix.v1.ReadOptions
-	(*StartInstanceRequest)(nil),       // 2: wasmatrix.v1.StartInstanceRequest
-	(*StartInstanceResponse)(nil),      // 3: wasmatrix.v1.StartInstanceResponse
-	(*StopInstanceRequest)(nil),        // 4: wasmatrix.v1.StopInstanceRequest
-	(*StopInstanceResponse)(nil),       // 5: wasmatrix.v1.StopInstanceResponse
-	(*RestartInstanceRequest)(nil),     // 6: wasmatrix.v1.RestartInstanceRequest
-	(*RestartInstanceResponse)(nil),    // 7: wasmatrix.v1.RestartInstanceResponse
-	(*RemoveInstanceRequest)(nil),      // 8: wasmatrix.v1.RemoveInstanceRequest
-	(*RemoveInstanceResponse)(nil),     // 9: wasmatrix.v1.RemoveInstanceResponse
-	(*QueryInstanceRequest)(nil),       // 10: wasmatrix.v1.QueryInstanceRequest
-	(*QueryInstanceResponse)(nil),      // 11: wasmatrix.v1.QueryInstanceResponse
-	(*ListInstancesRequest)(nil),       // 12: wasmatrix.v1.ListInstancesRequest
-	(*ListInstancesResponse)(nil),      // 13: wasmatrix.v1.ListInstancesResponse
-	(*ExplainRequest)(nil),             // 14: wasmatrix.v1.ExplainRequest
-	(*NodeVerdict)(nil),                // 15: wasmatrix.v1.NodeVerdict
-	(*ExplainResponse)(nil),            // 16: wasmatrix.v1.ExplainResponse
-	(*AssignCapabilityRequest)(nil),    // 17: wasmatrix.v1.AssignCapabilityRequest
-	(*AssignCapabilityResponse)(nil),   // 18: wasmatrix.v1.AssignCapabilityResponse
-	(*RevokeCapabilityRequest)(nil),    // 19: wasmatrix.v1.RevokeCapabilityRequest
-	(*RevokeCapabilityResponse)(nil),   // 20: wasmatrix.v1.RevokeCapabilityResponse
-	(*UploadModuleHeader)(nil),         // 21: wasmatrix.v1.UploadModuleHeader
-	(*UploadModuleRequest)(nil),        // 22: wasmatrix.v1.UploadModuleRequest
-	(*UploadModuleResponse)(nil),       // 23: wasmatrix.v1.UploadModuleResponse
-	(*FetchModuleRequest)(nil),         // 24: wasmatrix.v1.FetchModuleRequest
-	(*FetchModuleResponse)(nil),        // 25: wasmatrix.v1.FetchModuleResponse
-	(*ListModulesRequest)(nil),         // 26: wasmatrix.v1.ListModulesRequest
-	(*ListModulesResponse)(nil),        // 27: wasmatrix.v1.ListModulesResponse
-	(*RegisterProviderRequest)(nil),    // 28: wasmatrix.v1.RegisterProviderRequest
-	(*RegisterProviderResponse)(nil),   // 29: wasmatrix.v1.RegisterProviderResponse
-	(*StartProviderRequest)(nil),       // 30: wasmatrix.v1.StartProviderRequest
-	(*StartProviderResponse)(nil),      // 31: wasmatrix.v1.StartProviderResponse
-	(*StopProviderRequest)(nil),        // 32: wasmatrix.v1.StopProviderRequest
-	(*StopProviderResponse)(nil),       // 33: wasmatrix.v1.StopProviderResponse
-	(*UpdateProviderRequest)(nil),      // 34: wasmatrix.v1.UpdateProviderRequest
-	(*UpdateProviderResponse)(nil),     // 35: wasmatrix.v1.UpdateProviderResponse
-	(*DeregisterProviderRequest)(nil),  // 36: wasmatrix.v1.DeregisterProviderRequest
-	(*DeregisterProviderResponse)(nil), // 37: wasmatrix.v1.DeregisterProviderResponse
-	(*GetProviderRequest)(nil),         // 38: wasmatrix.v1.GetProviderRequest
-	(*GetProviderResponse)(nil),        // 39: wasmatrix.v1.GetProviderResponse
-	(*ListProvidersRequest)(nil),       // 40: wasmatrix.v1.ListProvidersRequest
-	(*ListProvidersResponse)(nil),      // 41: wasmatrix.v1.ListProvidersResponse
-	(*CallProviderRequest)(nil),        // 42: wasmatrix.v1.CallProviderRequest
-	(*CallProviderResponse)(nil),       // 43: wasmatrix.v1.CallProviderResponse
-	(*ListNodesRequest)(nil),           // 44: wasmatrix.v1.ListNodesRequest
-	(*ListNodesResponse)(nil),          // 45: wasmatrix.v1.ListNodesResponse
-	(*DrainNodeRequest)(nil),           // 46: wasmatrix.v1.DrainNodeRequest
-	(*DrainNodeResponse)(nil),          // 47: wasmatrix.v1.DrainNodeResponse
-	(*UndrainNodeRequest)(nil),         // 48: wasmatrix.v1.UndrainNodeRequest
-	(*UndrainNodeResponse)(nil),        // 49: wasmatrix.v1.UndrainNodeResponse
-	(*WatchEventsRequest)(nil),         // 50: wasmatrix.v1.WatchEventsRequest
-	(*WatchEventsResponse)(nil),        // 51: wasmatrix.v1.WatchEventsResponse
-	(*FollowLogsRequest)(nil),          // 52: wasmatrix.v1.FollowLogsRequest
-	(*LogEntry)(nil),                   // 53: wasmatrix.v1.LogEntry
-	(*FollowLogsResponse)(nil),         // 54: wasmatrix.v1.FollowLogsResponse
-	nil,                                // 55: wasmatrix.v1.ListNodesResponse.InstanceCountsEntry
-	nil,                                // 56: wasmatrix.v1.LogEntry.AttributesEntry
-	(*WorkloadSpec)(nil),               // 57: wasmatrix.v1.WorkloadSpec
-	(*Instance)(nil),                   // 58: wasmatrix.v1.Instance
-	(*CapabilityAssignment)(nil),       // 59: wasmatrix.v1.CapabilityAssignment
-	(InstanceState)(0),                 // 60: wasmatrix.v1.InstanceState
-	(*CapabilityGrant)(nil),            // 61: wasmatrix.v1.CapabilityGrant
-	(*Module)(nil),                     // 62: wasmatrix.v1.Module
-	(*ProviderSpec)(nil),               // 63: wasmatrix.v1.ProviderSpec
-	(*Provider)(nil),                   // 64: wasmatrix.v1.Provider
-	(*Node)(nil),                       // 65: wasmatrix.v1.Node
-	(EventKind)(0),                     // 66: wasmatrix.v1.EventKind
-	(*Event)(nil),                      // 67: wasmatrix.v1.Event
-	(*durationpb.Duration)(nil),        // 68: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),      // 69: google.protobuf.Timestamp
-	(LogLevel)(0),                      // 70: wasmatrix.v1.LogLevel
-	(*InvokeRequest)(nil),              // 71: wasmatrix.v1.InvokeRequest
-	(*InvokeResponse)(nil),             // 72: wasmatrix.v1.InvokeResponse
+	(*WriteOptions)(nil),               // 2: wasmatrix.v1.WriteOptions
+	(*StartInstanceRequest)(nil),       // 3: wasmatrix.v1.StartInstanceRequest
+	(*StartInstanceResponse)(nil),      // 4: wasmatrix.v1.StartInstanceResponse
+	(*StopInstanceRequest)(nil),        // 5: wasmatrix.v1.StopInstanceRequest
+	(*StopInstanceResponse)(nil),       // 6: wasmatrix.v1.StopInstanceResponse
+	(*RestartInstanceRequest)(nil),     // 7: wasmatrix.v1.RestartInstanceRequest
+	(*RestartInstanceResponse)(nil),    // 8: wasmatrix.v1.RestartInstanceResponse
+	(*RemoveInstanceRequest)(nil),      // 9: wasmatrix.v1.RemoveInstanceRequest
+	(*RemoveInstanceResponse)(nil),     // 10: wasmatrix.v1.RemoveInstanceResponse
+	(*QueryInstanceRequest)(nil),       // 11: wasmatrix.v1.QueryInstanceRequest
+	(*QueryInstanceResponse)(nil),      // 12: wasmatrix.v1.QueryInstanceResponse
+	(*ListInstancesRequest)(nil),       // 13: wasmatrix.v1.ListInstancesRequest
+	(*ListInstancesResponse)(nil),      // 14: wasmatrix.v1.ListInstancesResponse
+	(*ExplainRequest)(nil),             // 15: wasmatrix.v1.ExplainRequest
+	(*NodeVerdict)(nil),                // 16: wasmatrix.v1.NodeVerdict
+	(*ExplainResponse)(nil),            // 17: wasmatrix.v1.ExplainResponse
+	(*AssignCapabilityRequest)(nil),    // 18: wasmatrix.v1.AssignCapabilityRequest
+	(*AssignCapabilityResponse)(nil),   // 19: wasmatrix.v1.AssignCapabilityResponse
+	(*RevokeCapabilityRequest)(nil),    // 20: wasmatrix.v1.RevokeCapabilityRequest
+	(*RevokeCapabilityResponse)(nil),   // 21: wasmatrix.v1.RevokeCapabilityResponse
+	(*UploadModuleHeader)(nil),         // 22: wasmatrix.v1.UploadModuleHeader
+	(*UploadModuleRequest)(nil),        // 23: wasmatrix.v1.UploadModuleRequest
+	(*UploadModuleResponse)(nil),       // 24: wasmatrix.v1.UploadModuleResponse
+	(*FetchModuleRequest)(nil),         // 25: wasmatrix.v1.FetchModuleRequest
+	(*FetchModuleResponse)(nil),        // 26: wasmatrix.v1.FetchModuleResponse
+	(*ListModulesRequest)(nil),         // 27: wasmatrix.v1.ListModulesRequest
+	(*ListModulesResponse)(nil),        // 28: wasmatrix.v1.ListModulesResponse
+	(*RegisterProviderRequest)(nil),    // 29: wasmatrix.v1.RegisterProviderRequest
+	(*RegisterProviderResponse)(nil),   // 30: wasmatrix.v1.RegisterProviderResponse
+	(*StartProviderRequest)(nil),       // 31: wasmatrix.v1.StartProviderRequest
+	(*StartProviderResponse)(nil),      // 32: wasmatrix.v1.StartProviderResponse
+	(*StopProviderRequest)(nil),        // 33: wasmatrix.v1.StopProviderRequest
+	(*StopProviderResponse)(nil),       // 34: wasmatrix.v1.StopProviderResponse
+	(*UpdateProviderRequest)(nil),      // 35: wasmatrix.v1.UpdateProviderRequest
+	(*UpdateProviderResponse)(nil),     // 36: wasmatrix.v1.UpdateProviderResponse
+	(*DeregisterProviderRequest)(nil),  // 37: wasmatrix.v1.DeregisterProviderRequest
+	(*DeregisterProviderResponse)(nil), // 38: wasmatrix.v1.DeregisterProviderResponse
+	(*GetProviderRequest)(nil),         // 39: wasmatrix.v1.GetProviderRequest
+	(*GetProviderResponse)(nil),        // 40: wasmatrix.v1.GetProviderResponse
+	(*ListProvidersRequest)(nil),       // 41: wasmatrix.v1.ListProvidersRequest
+	(*ListProvidersResponse)(nil),      // 42: wasmatrix.v1.ListProvidersResponse
+	(*CallProviderRequest)(nil),        // 43: wasmatrix.v1.CallProviderRequest
+	(*CallProviderResponse)(nil),       // 44: wasmatrix.v1.CallProviderResponse
+	(*ListNodesRequest)(nil),           // 45: wasmatrix.v1.ListNodesRequest
+	(*ListNodesResponse)(nil),          // 46: wasmatrix.v1.ListNodesResponse
+	(*DrainNodeRequest)(nil),           // 47: wasmatrix.v1.DrainNodeRequest
+	(*DrainNodeResponse)(nil),          // 48: wasmatrix.v1.DrainNodeResponse
+	(*UndrainNodeRequest)(nil),         // 49: wasmatrix.v1.UndrainNodeRequest
+	(*UndrainNodeResponse)(nil),        // 50: wasmatrix.v1.UndrainNodeResponse
+	(*WatchEventsRequest)(nil),         // 51: wasmatrix.v1.WatchEventsRequest
+	(*WatchEventsResponse)(nil),        // 52: wasmatrix.v1.WatchEventsResponse
+	(*FollowLogsRequest)(nil),          // 53: wasmatrix.v1.FollowLogsRequest
+	(*LogEntry)(nil),                   // 54: wasmatrix.v1.LogEntry
+	(*FollowLogsResponse)(nil),         // 55: wasmatrix.v1.FollowLogsResponse
+	(*OpenSessionRequest)(nil),         // 56: wasmatrix.v1.OpenSessionRequest
+	(*OpenSessionResponse)(nil),        // 57: wasmatrix.v1.OpenSessionResponse
+	nil,                                // 58: wasmatrix.v1.ListNodesResponse.InstanceCountsEntry
+	nil,                                // 59: wasmatrix.v1.LogEntry.AttributesEntry
+	(*WorkloadSpec)(nil),               // 60: wasmatrix.v1.WorkloadSpec
+	(*Instance)(nil),                   // 61: wasmatrix.v1.Instance
+	(*CapabilityAssignment)(nil),       // 62: wasmatrix.v1.CapabilityAssignment
+	(InstanceState)(0),                 // 63: wasmatrix.v1.InstanceState
+	(*CapabilityGrant)(nil),            // 64: wasmatrix.v1.CapabilityGrant
+	(*Module)(nil),                     // 65: wasmatrix.v1.Module
+	(*ProviderSpec)(nil),               // 66: wasmatrix.v1.ProviderSpec
+	(*Provider)(nil),                   // 67: wasmatrix.v1.Provider
+	(*Node)(nil),                       // 68: wasmatrix.v1.Node
+	(EventKind)(0),                     // 69: wasmatrix.v1.EventKind
+	(*Event)(nil),                      // 70: wasmatrix.v1.Event
+	(*durationpb.Duration)(nil),        // 71: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),      // 72: google.protobuf.Timestamp
+	(LogLevel)(0),                      // 73: wasmatrix.v1.LogLevel
+	(*InvokeRequest)(nil),              // 74: wasmatrix.v1.InvokeRequest
+	(*InvokeResponse)(nil),             // 75: wasmatrix.v1.InvokeResponse
 }
 var file_wasmatrix_v1_control_proto_depIdxs = []int32{
-	57, // 0: wasmatrix.v1.StartInstanceRequest.spec:type_name -> wasmatrix.v1.WorkloadSpec
-	58, // 1: wasmatrix.v1.StartInstanceResponse.instances:type_name -> wasmatrix.v1.Instance
-	58, // 2: wasmatrix.v1.StopInstanceResponse.instances:type_name -> wasmatrix.v1.Instance
-	58, // 3: wasmatrix.v1.RestartInstanceResponse.instances:type_name -> wasmatrix.v1.Instance
-	1,  // 4: wasmatrix.v1.QueryInstanceRequest.read:type_name -> wasmatrix.v1.ReadOptions
-	58, // 5: wasmatrix.v1.QueryInstanceResponse.instance:type_name -> wasmatrix.v1.Instance
-	59, // 6: wasmatrix.v1.QueryInstanceResponse.assignments:type_name -> wasmatrix.v1.CapabilityAssignment
-	60, // 7: wasmatrix.v1.ListInstancesRequest.states:type_name -> wasmatrix.v1.InstanceState
-	1,  // 8: wasmatrix.v1.ListInstancesRequest.read:type_name -> wasmatrix.v1.ReadOptions
-	58, // 9: wasmatrix.v1.ListInstancesResponse.instances:type_name -> wasmatrix.v1.Instance
-	1,  // 10: wasmatrix.v1.ExplainRequest.read:type_name -> wasmatrix.v1.ReadOptions
-	58, // 11: wasmatrix.v1.ExplainResponse.instance:type_name -> wasmatrix.v1.Instance
-	15, // 12: wasmatrix.v1.ExplainResponse.nodes:type_name -> wasmatrix.v1.NodeVerdict
-	61, // 13: wasmatrix.v1.AssignCapabilityRequest.grant:type_name -> wasmatrix.v1.CapabilityGrant
-	59, // 14: wasmatrix.v1.AssignCapabilityResponse.assignments:type_name -> wasmatrix.v1.CapabilityAssignment
-	59, // 15: wasmatrix.v1.RevokeCapabilityResponse.assignments:type_name -> wasmatrix.v1.CapabilityAssignment
-	21, // 16: wasmatrix.v1.UploadModuleRequest.header:type_name -> wasmatrix.v1.UploadModuleHeader
-	62, // 17: wasmatrix.v1.UploadModuleResponse.module:type_name -> wasmatrix.v1.Module
-	1,  // 18: wasmatrix.v1.ListModulesRequest.read:type_name -> wasmatrix.v1.ReadOptions
-	62, // 19: wasmatrix.v1.ListModulesResponse.modules:type_name -> wasmatrix.v1.Module
-	63, // 20: wasmatrix.v1.RegisterProviderRequest.spec:type_name -> wasmatrix.v1.ProviderSpec
-	64, // 21: wasmatrix.v1.RegisterProviderResponse.provider:type_name -> wasmatrix.v1.Provider
-	64, // 22: wasmatrix.v1.StartProviderResponse.provider:type_name -> wasmatrix.v1.Provider
-	64, // 23: wasmatrix.v1.StopProviderResponse.provider:type_name -> wasmatrix.v1.Provider
-	63, // 24: wasmatrix.v1.UpdateProviderRequest.spec:type_name -> wasmatrix.v1.ProviderSpec
-	64, // 25: wasmatrix.v1.UpdateProviderResponse.provider:type_name -> wasmatrix.v1.Provider
-	1,  // 26: wasmatrix.v1.GetProviderRequest.read:type_name -> wasmatrix.v1.ReadOptions
-	64, // 27: wasmatrix.v1.GetProviderResponse.provider:type_name -> wasmatrix.v1.Provider
-	59, // 28: wasmatrix.v1.GetProviderResponse.assignments:type_name -> wasmatrix.v1.CapabilityAssignment
-	1,  // 29: wasmatrix.v1.ListProvidersRequest.read:type_name -> wasmatrix.v1.ReadOptions
-	64, // 30: wasmatrix.v1.ListProvidersResponse.providers:type_name -> wasmatrix.v1.Provider
-	1,  // 31: wasmatrix.v1.ListNodesRequest.read:type_name -> wasmatrix.v1.ReadOptions
-	65, // 32: wasmatrix.v1.ListNodesResponse.nodes:type_name -> wasmatrix.v1.Node
-	55, // 33: wasmatrix.v1.ListNodesResponse.instance_counts:type_name -> wasmatrix.v1.ListNodesResponse.InstanceCountsEntry
-	65, // 34: wasmatrix.v1.DrainNodeResponse.node:type_name -> wasmatrix.v1.Node
-	65, // 35: wasmatrix.v1.UndrainNodeResponse.node:type_name -> wasmatrix.v1.Node
-	66, // 36: wasmatrix.v1.WatchEventsRequest.kinds:type_name -> wasmatrix.v1.EventKind
-	67, // 37: wasmatrix.v1.WatchEventsResponse.event:type_name -> wasmatrix.v1.Event
-	68, // 38: wasmatrix.v1.FollowLogsRequest.since:type_name -> google.protobuf.Duration
-	69, // 39: wasmatrix.v1.LogEntry.time:type_name -> google.protobuf.Timestamp
-	0,  // 40: wasmatrix.v1.LogEntry.stream:type_name -> wasmatrix.v1.LogStream
-	70, // 41: wasmatrix.v1.LogEntry.level:type_name -> wasmatrix.v1.LogLevel
-	56, // 42: wasmatrix.v1.LogEntry.attributes:type_name -> wasmatrix.v1.LogEntry.AttributesEntry
-	53, // 43: wasmatrix.v1.FollowLogsResponse.entry:type_name -> wasmatrix.v1.LogEntry
-	2,  // 44: wasmatrix.v1.ControlPlaneService.StartInstance:input_type -> wasmatrix.v1.StartInstanceRequest
-	4,  // 45: wasmatrix.v1.ControlPlaneService.StopInstance:input_type -> wasmatrix.v1.StopInstanceRequest
-	6,  // 46: wasmatrix.v1.ControlPlaneService.RestartInstance:input_type -> wasmatrix.v1.RestartInstanceRequest
-	8,  // 47: wasmatrix.v1.ControlPlaneService.RemoveInstance:input_type -> wasmatrix.v1.RemoveInstanceRequest
-	10, // 48: wasmatrix.v1.ControlPlaneService.QueryInstance:input_type -> wasmatrix.v1.QueryInstanceRequest
-	12, // 49: wasmatrix.v1.ControlPlaneService.ListInstances:input_type -> wasmatrix.v1.ListInstancesRequest
-	14, // 50: wasmatrix.v1.ControlPlaneService.Explain:input_type -> wasmatrix.v1.ExplainRequest
-	17, // 51: wasmatrix.v1.ControlPlaneService.AssignCapability:input_type -> wasmatrix.v1.AssignCapabilityRequest
-	19, // 52: wasmatrix.v1.ControlPlaneService.RevokeCapability:input_type -> wasmatrix.v1.RevokeCapabilityRequest
-	22, // 53: wasmatrix.v1.ControlPlaneService.UploadModule:input_type -> wasmatrix.v1.UploadModuleRequest
-	24, // 54: wasmatrix.v1.ControlPlaneService.FetchModule:input_type -> wasmatrix.v1.FetchModuleRequest
-	26, // 55: wasmatrix.v1.ControlPlaneService.ListModules:input_type -> wasmatrix.v1.ListModulesRequest
-	28, // 56: wasmatrix.v1.ControlPlaneService.RegisterProvider:input_type -> wasmatrix.v1.RegisterProviderRequest
-	30, // 57: wasmatrix.v1.ControlPlaneService.StartProvider:input_type -> wasmatrix.v1.StartProviderRequest
-	32, // 58: wasmatrix.v1.ControlPlaneService.StopProvider:input_type -> wasmatrix.v1.StopProviderRequest
-	34, // 59: wasmatrix.v1.ControlPlaneService.UpdateProvider:input_type -> wasmatrix.v1.UpdateProviderRequest
-	36, // 60: wasmatrix.v1.ControlPlaneService.DeregisterProvider:input_type -> wasmatrix.v1.DeregisterProviderRequest
-	38, // 61: wasmatrix.v1.ControlPlaneService.GetProvider:input_type -> wasmatrix.v1.GetProviderRequest
-	40, // 62: wasmatrix.v1.ControlPlaneService.ListProviders:input_type -> wasmatrix.v1.ListProvidersRequest
-	42, // 63: wasmatrix.v1.ControlPlaneService.CallProvider:input_type -> wasmatrix.v1.CallProviderRequest
-	44, // 64: wasmatrix.v1.ControlPlaneService.ListNodes:input_type -> wasmatrix.v1.ListNodesRequest
-	46, // 65: wasmatrix.v1.ControlPlaneService.DrainNode:input_type -> wasmatrix.v1.DrainNodeRequest
-	48, // 66: wasmatrix.v1.ControlPlaneService.UndrainNode:input_type -> wasmatrix.v1.UndrainNodeRequest
-	50, // 67: wasmatrix.v1.ControlPlaneService.WatchEvents:input_type -> wasmatrix.v1.WatchEventsRequest
-	71, // 68: wasmatrix.v1.ControlPlaneService.Invoke:input_type -> wasmatrix.v1.InvokeRequest
-	52, // 69: wasmatrix.v1.ControlPlaneService.FollowLogs:input_type -> wasmatrix.v1.FollowLogsRequest
-	3,  // 70: wasmatrix.v1.ControlPlaneService.StartInstance:output_type -> wasmatrix.v1.StartInstanceResponse
-	5,  // 71: wasmatrix.v1.ControlPlaneService.StopInstance:output_type -> wasmatrix.v1.StopInstanceResponse
-	7,  // 72: wasmatrix.v1.ControlPlaneService.RestartInstance:output_type -> wasmatrix.v1.RestartInstanceResponse
-	9,  // 73: wasmatrix.v1.ControlPlaneService.RemoveInstance:output_type -> wasmatrix.v1.RemoveInstanceResponse
-	11, // 74: wasmatrix.v1.ControlPlaneService.QueryInstance:output_type -> wasmatrix.v1.QueryInstanceResponse
-	13, // 75: wasmatrix.v1.ControlPlaneService.ListInstances:output_type -> wasmatrix.v1.ListInstancesResponse
-	16, // 76: wasmatrix.v1.ControlPlaneService.Explain:output_type -> wasmatrix.v1.ExplainResponse
-	18, // 77: wasmatrix.v1.ControlPlaneService.AssignCapability:output_type -> wasmatrix.v1.AssignCapabilityResponse
-	20, // 78: wasmatrix.v1.ControlPlaneService.RevokeCapability:output_type -> wasmatrix.v1.RevokeCapabilityResponse
-	23, // 79: wasmatrix.v1.ControlPlaneService.UploadModule:output_type -> wasmatrix.v1.UploadModuleResponse
-	25, // 80: wasmatrix.v1.ControlPlaneService.FetchModule:output_type -> wasmatrix.v1.FetchModuleResponse
-	27, // 81: wasmatrix.v1.ControlPlaneService.ListModules:output_type -> wasmatrix.v1.ListModulesResponse
-	29, // 82: wasmatrix.v1.ControlPlaneService.RegisterProvider:output_type -> wasmatrix.v1.RegisterProviderResponse
-	31, // 83: wasmatrix.v1.ControlPlaneService.StartProvider:output_type -> wasmatrix.v1.StartProviderResponse
-	33, // 84: wasmatrix.v1.ControlPlaneService.StopProvider:output_type -> wasmatrix.v1.StopProviderResponse
-	35, // 85: wasmatrix.v1.ControlPlaneService.UpdateProvider:output_type -> wasmatrix.v1.UpdateProviderResponse
-	37, // 86: wasmatrix.v1.ControlPlaneService.DeregisterProvider:output_type -> wasmatrix.v1.DeregisterProviderResponse
-	39, // 87: wasmatrix.v1.ControlPlaneService.GetProvider:output_type -> wasmatrix.v1.GetProviderResponse
-	41, // 88: wasmatrix.v1.ControlPlaneService.ListProviders:output_type -> wasmatrix.v1.ListProvidersResponse
-	43, // 89: wasmatrix.v1.ControlPlaneService.CallProvider:output_type -> wasmatrix.v1.CallProviderResponse
-	45, // 90: wasmatrix.v1.ControlPlaneService.ListNodes:output_type -> wasmatrix.v1.ListNodesResponse
-	47, // 91: wasmatrix.v1.ControlPlaneService.DrainNode:output_type -> wasmatrix.v1.DrainNodeResponse
-	49, // 92: wasmatrix.v1.ControlPlaneService.UndrainNode:output_type -> wasmatrix.v1.UndrainNodeResponse
-	51, // 93: wasmatrix.v1.ControlPlaneService.WatchEvents:output_type -> wasmatrix.v1.WatchEventsResponse
-	72, // 94: wasmatrix.v1.ControlPlaneService.Invoke:output_type -> wasmatrix.v1.InvokeResponse
-	54, // 95: wasmatrix.v1.ControlPlaneService.FollowLogs:output_type -> wasmatrix.v1.FollowLogsResponse
-	70, // [70:96] is the sub-list for method output_type
-	44, // [44:70] is the sub-list for method input_type
-	44, // [44:44] is the sub-list for extension type_name
-	44, // [44:44] is the sub-list for extension extendee
-	0,  // [0:44] is the sub-list for field type_name
+	60, // 0: wasmatrix.v1.StartInstanceRequest.spec:type_name -> wasmatrix.v1.WorkloadSpec
+	2,  // 1: wasmatrix.v1.StartInstanceRequest.write:type_name -> wasmatrix.v1.WriteOptions
+	61, // 2: wasmatrix.v1.StartInstanceResponse.instances:type_name -> wasmatrix.v1.Instance
+	2,  // 3: wasmatrix.v1.StopInstanceRequest.write:type_name -> wasmatrix.v1.WriteOptions
+	61, // 4: wasmatrix.v1.StopInstanceResponse.instances:type_name -> wasmatrix.v1.Instance
+	2,  // 5: wasmatrix.v1.RestartInstanceRequest.write:type_name -> wasmatrix.v1.WriteOptions
+	61, // 6: wasmatrix.v1.RestartInstanceResponse.instances:type_name -> wasmatrix.v1.Instance
+	2,  // 7: wasmatrix.v1.RemoveInstanceRequest.write:type_name -> wasmatrix.v1.WriteOptions
+	1,  // 8: wasmatrix.v1.QueryInstanceRequest.read:type_name -> wasmatrix.v1.ReadOptions
+	61, // 9: wasmatrix.v1.QueryInstanceResponse.instance:type_name -> wasmatrix.v1.Instance
+	62, // 10: wasmatrix.v1.QueryInstanceResponse.assignments:type_name -> wasmatrix.v1.CapabilityAssignment
+	63, // 11: wasmatrix.v1.ListInstancesRequest.states:type_name -> wasmatrix.v1.InstanceState
+	1,  // 12: wasmatrix.v1.ListInstancesRequest.read:type_name -> wasmatrix.v1.ReadOptions
+	61, // 13: wasmatrix.v1.ListInstancesResponse.instances:type_name -> wasmatrix.v1.Instance
+	1,  // 14: wasmatrix.v1.ExplainRequest.read:type_name -> wasmatrix.v1.ReadOptions
+	61, // 15: wasmatrix.v1.ExplainResponse.instance:type_name -> wasmatrix.v1.Instance
+	16, // 16: wasmatrix.v1.ExplainResponse.nodes:type_name -> wasmatrix.v1.NodeVerdict
+	64, // 17: wasmatrix.v1.AssignCapabilityRequest.grant:type_name -> wasmatrix.v1.CapabilityGrant
+	2,  // 18: wasmatrix.v1.AssignCapabilityRequest.write:type_name -> wasmatrix.v1.WriteOptions
+	62, // 19: wasmatrix.v1.AssignCapabilityResponse.assignments:type_name -> wasmatrix.v1.CapabilityAssignment
+	2,  // 20: wasmatrix.v1.RevokeCapabilityRequest.write:type_name -> wasmatrix.v1.WriteOptions
+	62, // 21: wasmatrix.v1.RevokeCapabilityResponse.assignments:type_name -> wasmatrix.v1.CapabilityAssignment
+	2,  // 22: wasmatrix.v1.UploadModuleHeader.write:type_name -> wasmatrix.v1.WriteOptions
+	22, // 23: wasmatrix.v1.UploadModuleRequest.header:type_name -> wasmatrix.v1.UploadModuleHeader
+	65, // 24: wasmatrix.v1.UploadModuleResponse.module:type_name -> wasmatrix.v1.Module
+	1,  // 25: wasmatrix.v1.ListModulesRequest.read:type_name -> wasmatrix.v1.ReadOptions
+	65, // 26: wasmatrix.v1.ListModulesResponse.modules:type_name -> wasmatrix.v1.Module
+	66, // 27: wasmatrix.v1.RegisterProviderRequest.spec:type_name -> wasmatrix.v1.ProviderSpec
+	2,  // 28: wasmatrix.v1.RegisterProviderRequest.write:type_name -> wasmatrix.v1.WriteOptions
+	67, // 29: wasmatrix.v1.RegisterProviderResponse.provider:type_name -> wasmatrix.v1.Provider
+	2,  // 30: wasmatrix.v1.StartProviderRequest.write:type_name -> wasmatrix.v1.WriteOptions
+	67, // 31: wasmatrix.v1.StartProviderResponse.provider:type_name -> wasmatrix.v1.Provider
+	2,  // 32: wasmatrix.v1.StopProviderRequest.write:type_name -> wasmatrix.v1.WriteOptions
+	67, // 33: wasmatrix.v1.StopProviderResponse.provider:type_name -> wasmatrix.v1.Provider
+	66, // 34: wasmatrix.v1.UpdateProviderRequest.spec:type_name -> wasmatrix.v1.ProviderSpec
+	2,  // 35: wasmatrix.v1.UpdateProviderRequest.write:type_name -> wasmatrix.v1.WriteOptions
+	67, // 36: wasmatrix.v1.UpdateProviderResponse.provider:type_name -> wasmatrix.v1.Provider
+	2,  // 37: wasmatrix.v1.DeregisterProviderRequest.write:type_name -> wasmatrix.v1.WriteOptions
+	1,  // 38: wasmatrix.v1.GetProviderRequest.read:type_name -> wasmatrix.v1.ReadOptions
+	67, // 39: wasmatrix.v1.GetProviderResponse.provider:type_name -> wasmatrix.v1.Provider
+	62, // 40: wasmatrix.v1.GetProviderResponse.assignments:type_name -> wasmatrix.v1.CapabilityAssignment
+	1,  // 41: wasmatrix.v1.ListProvidersRequest.read:type_name -> wasmatrix.v1.ReadOptions
+	67, // 42: wasmatrix.v1.ListProvidersResponse.providers:type_name -> wasmatrix.v1.Provider
+	1,  // 43: wasmatrix.v1.ListNodesRequest.read:type_name -> wasmatrix.v1.ReadOptions
+	68, // 44: wasmatrix.v1.ListNodesResponse.nodes:type_name -> wasmatrix.v1.Node
+	58, // 45: wasmatrix.v1.ListNodesResponse.instance_counts:type_name -> wasmatrix.v1.ListNodesResponse.InstanceCountsEntry
+	2,  // 46: wasmatrix.v1.DrainNodeRequest.write:type_name -> wasmatrix.v1.WriteOptions
+	68, // 47: wasmatrix.v1.DrainNodeResponse.node:type_name -> wasmatrix.v1.Node
+	2,  // 48: wasmatrix.v1.UndrainNodeRequest.write:type_name -> wasmatrix.v1.WriteOptions
+	68, // 49: wasmatrix.v1.UndrainNodeResponse.node:type_name -> wasmatrix.v1.Node
+	69, // 50: wasmatrix.v1.WatchEventsRequest.kinds:type_name -> wasmatrix.v1.EventKind
+	70, // 51: wasmatrix.v1.WatchEventsResponse.event:type_name -> wasmatrix.v1.Event
+	71, // 52: wasmatrix.v1.FollowLogsRequest.since:type_name -> google.protobuf.Duration
+	72, // 53: wasmatrix.v1.LogEntry.time:type_name -> google.protobuf.Timestamp
+	0,  // 54: wasmatrix.v1.LogEntry.stream:type_name -> wasmatrix.v1.LogStream
+	73, // 55: wasmatrix.v1.LogEntry.level:type_name -> wasmatrix.v1.LogLevel
+	59, // 56: wasmatrix.v1.LogEntry.attributes:type_name -> wasmatrix.v1.LogEntry.AttributesEntry
+	54, // 57: wasmatrix.v1.FollowLogsResponse.entry:type_name -> wasmatrix.v1.LogEntry
+	71, // 58: wasmatrix.v1.OpenSessionRequest.idle_timeout:type_name -> google.protobuf.Duration
+	71, // 59: wasmatrix.v1.OpenSessionResponse.idle_timeout:type_name -> google.protobuf.Duration
+	3,  // 60: wasmatrix.v1.ControlPlaneService.StartInstance:input_type -> wasmatrix.v1.StartInstanceRequest
+	5,  // 61: wasmatrix.v1.ControlPlaneService.StopInstance:input_type -> wasmatrix.v1.StopInstanceRequest
+	7,  // 62: wasmatrix.v1.ControlPlaneService.RestartInstance:input_type -> wasmatrix.v1.RestartInstanceRequest
+	9,  // 63: wasmatrix.v1.ControlPlaneService.RemoveInstance:input_type -> wasmatrix.v1.RemoveInstanceRequest
+	11, // 64: wasmatrix.v1.ControlPlaneService.QueryInstance:input_type -> wasmatrix.v1.QueryInstanceRequest
+	13, // 65: wasmatrix.v1.ControlPlaneService.ListInstances:input_type -> wasmatrix.v1.ListInstancesRequest
+	15, // 66: wasmatrix.v1.ControlPlaneService.Explain:input_type -> wasmatrix.v1.ExplainRequest
+	18, // 67: wasmatrix.v1.ControlPlaneService.AssignCapability:input_type -> wasmatrix.v1.AssignCapabilityRequest
+	20, // 68: wasmatrix.v1.ControlPlaneService.RevokeCapability:input_type -> wasmatrix.v1.RevokeCapabilityRequest
+	23, // 69: wasmatrix.v1.ControlPlaneService.UploadModule:input_type -> wasmatrix.v1.UploadModuleRequest
+	25, // 70: wasmatrix.v1.ControlPlaneService.FetchModule:input_type -> wasmatrix.v1.FetchModuleRequest
+	27, // 71: wasmatrix.v1.ControlPlaneService.ListModules:input_type -> wasmatrix.v1.ListModulesRequest
+	29, // 72: wasmatrix.v1.ControlPlaneService.RegisterProvider:input_type -> wasmatrix.v1.RegisterProviderRequest
+	31, // 73: wasmatrix.v1.ControlPlaneService.StartProvider:input_type -> wasmatrix.v1.StartProviderRequest
+	33, // 74: wasmatrix.v1.ControlPlaneService.StopProvider:input_type -> wasmatrix.v1.StopProviderRequest
+	35, // 75: wasmatrix.v1.ControlPlaneService.UpdateProvider:input_type -> wasmatrix.v1.UpdateProviderRequest
+	37, // 76: wasmatrix.v1.ControlPlaneService.DeregisterProvider:input_type -> wasmatrix.v1.DeregisterProviderRequest
+	39, // 77: wasmatrix.v1.ControlPlaneService.GetProvider:input_type -> wasmatrix.v1.GetProviderRequest
+	41, // 78: wasmatrix.v1.ControlPlaneService.ListProviders:input_type -> wasmatrix.v1.ListProvidersRequest
+	43, // 79: wasmatrix.v1.ControlPlaneService.CallProvider:input_type -> wasmatrix.v1.CallProviderRequest
+	45, // 80: wasmatrix.v1.ControlPlaneService.ListNodes:input_type -> wasmatrix.v1.ListNodesRequest
+	47, // 81: wasmatrix.v1.ControlPlaneService.DrainNode:input_type -> wasmatrix.v1.DrainNodeRequest
+	49, // 82: wasmatrix.v1.ControlPlaneService.UndrainNode:input_type -> wasmatrix.v1.UndrainNodeRequest
+	51, // 83: wasmatrix.v1.ControlPlaneService.WatchEvents:input_type -> wasmatrix.v1.WatchEventsRequest
+	74, // 84: wasmatrix.v1.ControlPlaneService.Invoke:input_type -> wasmatrix.v1.InvokeRequest
+	53, // 85: wasmatrix.v1.ControlPlaneService.FollowLogs:input_type -> wasmatrix.v1.FollowLogsRequest
+	56, // 86: wasmatrix.v1.ControlPlaneService.OpenSession:input_type -> wasmatrix.v1.OpenSessionRequest
+	4,  // 87: wasmatrix.v1.ControlPlaneService.StartInstance:output_type -> wasmatrix.v1.StartInstanceResponse
+	6,  // 88: wasmatrix.v1.ControlPlaneService.StopInstance:output_type -> wasmatrix.v1.StopInstanceResponse
+	8,  // 89: wasmatrix.v1.ControlPlaneService.RestartInstance:output_type -> wasmatrix.v1.RestartInstanceResponse
+	10, // 90: wasmatrix.v1.ControlPlaneService.RemoveInstance:output_type -> wasmatrix.v1.RemoveInstanceResponse
+	12, // 91: wasmatrix.v1.ControlPlaneService.QueryInstance:output_type -> wasmatrix.v1.QueryInstanceResponse
+	14, // 92: wasmatrix.v1.ControlPlaneService.ListInstances:output_type -> wasmatrix.v1.ListInstancesResponse
+	17, // 93: wasmatrix.v1.ControlPlaneService.Explain:output_type -> wasmatrix.v1.ExplainResponse
+	19, // 94: wasmatrix.v1.ControlPlaneService.AssignCapability:output_type -> wasmatrix.v1.AssignCapabilityResponse
+	21, // 95: wasmatrix.v1.ControlPlaneService.RevokeCapability:output_type -> wasmatrix.v1.RevokeCapabilityResponse
+	24, // 96: wasmatrix.v1.ControlPlaneService.UploadModule:output_type -> wasmatrix.v1.UploadModuleResponse
+	26, // 97: wasmatrix.v1.ControlPlaneService.FetchModule:output_type -> wasmatrix.v1.FetchModuleResponse
+	28, // 98: wasmatrix.v1.ControlPlaneService.ListModules:output_type -> wasmatrix.v1.ListModulesResponse
+	30, // 99: wasmatrix.v1.ControlPlaneService.RegisterProvider:output_type -> wasmatrix.v1.RegisterProviderResponse
+	32, // 100: wasmatrix.v1.ControlPlaneService.StartProvider:output_type -> wasmatrix.v1.StartProviderResponse
+	34, // 101: wasmatrix.v1.ControlPlaneService.StopProvider:output_type -> wasmatrix.v1.StopProviderResponse
+	36, // 102: wasmatrix.v1.ControlPlaneService.UpdateProvider:output_type -> wasmatrix.v1.UpdateProviderResponse
+	38, // 103: wasmatrix.v1.ControlPlaneService.DeregisterProvider:output_type -> wasmatrix.v1.DeregisterProviderResponse
+	40, // 104: wasmatrix.v1.ControlPlaneService.GetProvider:output_type -> wasmatrix.v1.GetProviderResponse
+	42, // 105: wasmatrix.v1.ControlPlaneService.ListProviders:output_type -> wasmatrix.v1.ListProvidersResponse
+	44, // 106: wasmatrix.v1.ControlPlaneService.CallProvider:output_type -> wasmatrix.v1.CallProviderResponse
+	46, // 107: wasmatrix.v1.ControlPlaneService.ListNodes:output_type -> wasmatrix.v1.ListNodesResponse
+	48, // 108: wasmatrix.v1.ControlPlaneService.DrainNode:output_type -> wasmatrix.v1.DrainNodeResponse
+	50, // 109: wasmatrix.v1.ControlPlaneService.UndrainNode:output_type -> wasmatrix.v1.UndrainNodeResponse
+	52, // 110: wasmatrix.v1.ControlPlaneService.WatchEvents:output_type -> wasmatrix.v1.WatchEventsResponse
+	75, // 111: wasmatrix.v1.ControlPlaneService.Invoke:output_type -> wasmatrix.v1.InvokeResponse
+	55, // 112: wasmatrix.v1.ControlPlaneService.FollowLogs:output_type -> wasmatrix.v1.FollowLogsResponse
+	57, // 113: wasmatrix.v1.ControlPlaneService.OpenSession:output_type -> wasmatrix.v1.OpenSessionResponse
+	87, // [87:114] is the sub-list for method output_type
+	60, // [60:87] is the sub-list for method input_type
+	60, // [60:60] is the sub-list for extension type_name
+	60, // [60:60] is the sub-list for extension extendee
+	0,  // [0:60] is the sub-list for field type_name
 }
 
 func init() { file_wasmatrix_v1_control_proto_init() }
@@ -3767,7 +4149,7 @@ func file_wasmatrix_v1_control_proto_init() {
 	file_wasmatrix_v1_module_proto_init()
 	file_wasmatrix_v1_node_proto_init()
 	file_wasmatrix_v1_provider_proto_init()
-	file_wasmatrix_v1_control_proto_msgTypes[21].OneofWrappers = []any{
+	file_wasmatrix_v1_control_proto_msgTypes[22].OneofWrappers = []any{
 		(*UploadModuleRequest_Header)(nil),
 		(*UploadModuleRequest_Chunk)(nil),
 	}
@@ -3777,7 +4159,7 @@ func file_wasmatrix_v1_control_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_wasmatrix_v1_control_proto_rawDesc), len(file_wasmatrix_v1_control_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   56,
+			NumMessages:   59,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

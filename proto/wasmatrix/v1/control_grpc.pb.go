@@ -45,6 +45,7 @@ const (
 	ControlPlaneService_WatchEvents_FullMethodName        = "/wasmatrix.v1.ControlPlaneService/WatchEvents"
 	ControlPlaneService_Invoke_FullMethodName             = "/wasmatrix.v1.ControlPlaneService/Invoke"
 	ControlPlaneService_FollowLogs_FullMethodName         = "/wasmatrix.v1.ControlPlaneService/FollowLogs"
+	ControlPlaneService_OpenSession_FullMethodName        = "/wasmatrix.v1.ControlPlaneService/OpenSession"
 )
 
 // ControlPlaneServiceClient is the client API for ControlPlaneService service.
@@ -113,6 +114,9 @@ type ControlPlaneServiceClient interface {
 	Invoke(ctx context.Context, in *InvokeRequest, opts ...grpc.CallOption) (*InvokeResponse, error)
 	// FollowLogs streams the output of instances, merged, from whichever nodes they run on.
 	FollowLogs(ctx context.Context, in *FollowLogsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[FollowLogsResponse], error)
+	// OpenSession begins a client session. The answers to its writes are kept until the client has them, or until the
+	// session was idle for its time; a write of a session that is gone is refused and never run again.
+	OpenSession(ctx context.Context, in *OpenSessionRequest, opts ...grpc.CallOption) (*OpenSessionResponse, error)
 }
 
 type controlPlaneServiceClient struct {
@@ -413,6 +417,16 @@ func (c *controlPlaneServiceClient) FollowLogs(ctx context.Context, in *FollowLo
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type ControlPlaneService_FollowLogsClient = grpc.ServerStreamingClient[FollowLogsResponse]
 
+func (c *controlPlaneServiceClient) OpenSession(ctx context.Context, in *OpenSessionRequest, opts ...grpc.CallOption) (*OpenSessionResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(OpenSessionResponse)
+	err := c.cc.Invoke(ctx, ControlPlaneService_OpenSession_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // ControlPlaneServiceServer is the server API for ControlPlaneService service.
 // All implementations must embed UnimplementedControlPlaneServiceServer
 // for forward compatibility.
@@ -479,6 +493,9 @@ type ControlPlaneServiceServer interface {
 	Invoke(context.Context, *InvokeRequest) (*InvokeResponse, error)
 	// FollowLogs streams the output of instances, merged, from whichever nodes they run on.
 	FollowLogs(*FollowLogsRequest, grpc.ServerStreamingServer[FollowLogsResponse]) error
+	// OpenSession begins a client session. The answers to its writes are kept until the client has them, or until the
+	// session was idle for its time; a write of a session that is gone is refused and never run again.
+	OpenSession(context.Context, *OpenSessionRequest) (*OpenSessionResponse, error)
 	mustEmbedUnimplementedControlPlaneServiceServer()
 }
 
@@ -566,6 +583,9 @@ func (UnimplementedControlPlaneServiceServer) Invoke(context.Context, *InvokeReq
 }
 func (UnimplementedControlPlaneServiceServer) FollowLogs(*FollowLogsRequest, grpc.ServerStreamingServer[FollowLogsResponse]) error {
 	return status.Error(codes.Unimplemented, "method FollowLogs not implemented")
+}
+func (UnimplementedControlPlaneServiceServer) OpenSession(context.Context, *OpenSessionRequest) (*OpenSessionResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method OpenSession not implemented")
 }
 func (UnimplementedControlPlaneServiceServer) mustEmbedUnimplementedControlPlaneServiceServer() {}
 func (UnimplementedControlPlaneServiceServer) testEmbeddedByValue()                             {}
@@ -1024,6 +1044,24 @@ func _ControlPlaneService_FollowLogs_Handler(srv interface{}, stream grpc.Server
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type ControlPlaneService_FollowLogsServer = grpc.ServerStreamingServer[FollowLogsResponse]
 
+func _ControlPlaneService_OpenSession_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(OpenSessionRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ControlPlaneServiceServer).OpenSession(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ControlPlaneService_OpenSession_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ControlPlaneServiceServer).OpenSession(ctx, req.(*OpenSessionRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // ControlPlaneService_ServiceDesc is the grpc.ServiceDesc for ControlPlaneService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -1118,6 +1156,10 @@ var ControlPlaneService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Invoke",
 			Handler:    _ControlPlaneService_Invoke_Handler,
+		},
+		{
+			MethodName: "OpenSession",
+			Handler:    _ControlPlaneService_OpenSession_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

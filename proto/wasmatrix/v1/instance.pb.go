@@ -913,7 +913,9 @@ type InstanceStatus struct {
 	// When it last ended.
 	FinishedAt *timestamppb.Timestamp `protobuf:"bytes,10,opt,name=finished_at,json=finishedAt,proto3" json:"finished_at,omitempty"`
 	// What it used; filled in by the agent when asked, never stored in the registry.
-	Usage         *ResourceUsage `protobuf:"bytes,11,opt,name=usage,proto3" json:"usage,omitempty"`
+	Usage *ResourceUsage `protobuf:"bytes,11,opt,name=usage,proto3" json:"usage,omitempty"`
+	// Restarts in a row after crashes; they go on counting on another node, until max_retries.
+	Retries       uint32 `protobuf:"varint,12,opt,name=retries,proto3" json:"retries,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1025,6 +1027,13 @@ func (x *InstanceStatus) GetUsage() *ResourceUsage {
 	return nil
 }
 
+func (x *InstanceStatus) GetRetries() uint32 {
+	if x != nil {
+		return x.Retries
+	}
+	return 0
+}
+
 // Instance is one running copy of a workload as the registry knows it.
 type Instance struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1050,6 +1059,8 @@ type Instance struct {
 	CreatedIndex uint64 `protobuf:"varint,10,opt,name=created_index,json=createdIndex,proto3" json:"created_index,omitempty"`
 	// The Raft index of the last change of this record.
 	ModifiedIndex uint64 `protobuf:"varint,11,opt,name=modified_index,json=modifiedIndex,proto3" json:"modified_index,omitempty"`
+	// True while the instance is to leave its node, which drains: its agent ends it, and once the agent has reported that, it is placed again in the next generation.
+	Leaving       bool `protobuf:"varint,12,opt,name=leaving,proto3" json:"leaving,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1161,6 +1172,13 @@ func (x *Instance) GetModifiedIndex() uint64 {
 	return 0
 }
 
+func (x *Instance) GetLeaving() bool {
+	if x != nil {
+		return x.Leaving
+	}
+	return false
+}
+
 var File_wasmatrix_v1_instance_proto protoreflect.FileDescriptor
 
 const file_wasmatrix_v1_instance_proto_rawDesc = "" +
@@ -1228,7 +1246,7 @@ const file_wasmatrix_v1_instance_proto_rawDesc = "" +
 	"\vinvocations\x18\x02 \x01(\x04R\vinvocations\x12)\n" +
 	"\x10capability_calls\x18\x03 \x01(\x04R\x0fcapabilityCalls\x128\n" +
 	"\n" +
-	"guest_time\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\tguestTime\"\xf2\x03\n" +
+	"guest_time\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\tguestTime\"\x8c\x04\n" +
 	"\x0eInstanceStatus\x121\n" +
 	"\x05state\x18\x01 \x01(\x0e2\x1b.wasmatrix.v1.InstanceStateR\x05state\x12\x1e\n" +
 	"\n" +
@@ -1246,7 +1264,8 @@ const file_wasmatrix_v1_instance_proto_rawDesc = "" +
 	"\vfinished_at\x18\n" +
 	" \x01(\v2\x1a.google.protobuf.TimestampR\n" +
 	"finishedAt\x121\n" +
-	"\x05usage\x18\v \x01(\v2\x1b.wasmatrix.v1.ResourceUsageR\x05usage\"\xc7\x03\n" +
+	"\x05usage\x18\v \x01(\v2\x1b.wasmatrix.v1.ResourceUsageR\x05usage\x12\x18\n" +
+	"\aretries\x18\f \x01(\rR\aretries\"\xe1\x03\n" +
 	"\bInstance\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12.\n" +
@@ -1260,7 +1279,8 @@ const file_wasmatrix_v1_instance_proto_rawDesc = "" +
 	"created_at\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\tcreatedAt\x12#\n" +
 	"\rcreated_index\x18\n" +
 	" \x01(\x04R\fcreatedIndex\x12%\n" +
-	"\x0emodified_index\x18\v \x01(\x04R\rmodifiedIndex*\xef\x02\n" +
+	"\x0emodified_index\x18\v \x01(\x04R\rmodifiedIndex\x12\x18\n" +
+	"\aleaving\x18\f \x01(\bR\aleaving*\xef\x02\n" +
 	"\rInstanceState\x12\x1e\n" +
 	"\x1aINSTANCE_STATE_UNSPECIFIED\x10\x00\x12\x1a\n" +
 	"\x16INSTANCE_STATE_PENDING\x10 \x12\x1b\n" +
