@@ -2,6 +2,7 @@ package identity
 
 import (
 	"context"
+	"strings"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
@@ -31,7 +32,7 @@ func (id *Identity) DialOption(allow func(Subject) bool) grpc.DialOption {
 // that a peer forwarded, the subject the peer names. The error is a
 // PERMISSION_DENIED for a connection without a client certificate and for a
 // forwarded caller that is malformed, of another cluster, or named by anyone but
-// a peer.
+// a peer, and for a node that does not call for itself where nodes do.
 func Authenticate(ctx context.Context) (context.Context, error) {
 	caller, err := connected(ctx)
 	if err != nil {
@@ -51,7 +52,20 @@ func Authenticate(ctx context.Context) (context.Context, error) {
 	if original.Cluster != caller.Cluster {
 		return nil, denied("%s forwarded a call of a subject of cluster %s", caller, original.Cluster)
 	}
+	if original.Kind == Node && !forwardsNodes(ctx) {
+		return nil, denied("%s forwarded a call of %s, which has to make it itself", caller, original)
+	}
 	return WithCaller(ctx, original), nil
+}
+
+// forwardsNodes reports whether a peer may pass on the calls of nodes: those of
+// the client API. The sessions of agents, the calls between them and those between
+// peers are made directly, and a node with both roles holds a peer's certificate:
+// there it must not be able to speak for other nodes.
+func forwardsNodes(ctx context.Context) bool {
+	method, _ := grpc.Method(ctx)
+	service, _, _ := strings.Cut(strings.TrimPrefix(method, "/"), "/")
+	return service == pb.ControlPlaneService_ServiceDesc.ServiceName || service == pb.ClusterService_ServiceDesc.ServiceName
 }
 
 // ForwardCaller returns a context for an outgoing call that a peer makes on

@@ -73,6 +73,7 @@ func TestCallerIsTheOneOfTheCertificateUnlessAPeerForwards(t *testing.T) {
 		{name: "a user for another user", client: issue(t, ca, identity.User, "bob", identity.RoleAdmin), forwarded: []string{ann}},
 		{name: "a peer for a subject of another cluster", client: issue(t, ca, identity.Node, "n2", identity.RoleServer), forwarded: []string{"spiffe://prod/user/ann/admin"}},
 		{name: "a peer for nonsense", client: issue(t, ca, identity.Node, "n2", identity.RoleServer), forwarded: []string{"ann"}},
+		{name: "a peer for a node, at a service that nodes call themselves", client: issue(t, ca, identity.Node, "n2", identity.RoleBoth), forwarded: []string{"spiffe://dev/node/n3/both"}},
 		{name: "a peer for two at once", client: issue(t, ca, identity.Node, "n2", identity.RoleServer), forwarded: []string{ann, ann}},
 	}
 	for _, tt := range tests {

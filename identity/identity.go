@@ -27,6 +27,7 @@ type Identity struct {
 	cert  tls.Certificate
 	leaf  *x509.Certificate
 	roots *x509.CertPool
+	over  Network // nil for the machine's own
 }
 
 // Load reads a bundle from dir and checks it as FromBundle does.

@@ -24,7 +24,7 @@ type Pool struct {
 // and opts. The caller closes it.
 func (id *Identity) NewPool(allow func(Subject) bool, opts ...grpc.DialOption) *Pool {
 	return &Pool{
-		opts:  append([]grpc.DialOption{id.DialOption(allow)}, opts...),
+		opts:  append(append(id.dialOptions(), id.DialOption(allow)), opts...),
 		conns: map[string]*grpc.ClientConn{},
 	}
 }

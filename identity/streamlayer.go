@@ -18,13 +18,14 @@ type StreamLayer struct {
 	advertise net.Addr
 	server    *tls.Config
 	client    *tls.Config
+	over      Network
 }
 
 // StreamLayer listens on bind, host:port, for Raft connections of peers. Addr
 // returns advertise, or the address of the listener when advertise is nil. The
 // caller, or the Raft transport it is given to, closes it.
 func (id *Identity) StreamLayer(bind string, advertise net.Addr) (*StreamLayer, error) {
-	listener, err := net.Listen("tcp", bind)
+	listener, err := id.listen(bind)
 	if err != nil {
 		return nil, fmt.Errorf("listen for raft: %w", err)
 	}
@@ -36,6 +37,7 @@ func (id *Identity) StreamLayer(bind string, advertise net.Addr) (*StreamLayer, 
 		advertise: advertise,
 		server:    id.serverTLS(Subject.IsPeer),
 		client:    id.ClientTLS(Subject.IsPeer),
+		over:      id.over,
 	}, nil
 }
 
@@ -59,7 +61,7 @@ func (l *StreamLayer) Addr() net.Addr { return l.advertise }
 
 // Dial connects to the Raft port of a peer, host:port, within timeout, handshake included.
 func (l *StreamLayer) Dial(address string, timeout time.Duration) (net.Conn, error) {
-	conn, err := tls.DialWithDialer(&net.Dialer{Timeout: timeout}, "tcp", address, l.client)
+	conn, err := dial(l.over, address, timeout, l.client)
 	if err != nil {
 		return nil, fmt.Errorf("dial raft at %s: %w", address, err)
 	}

@@ -7,6 +7,10 @@ need() { command -v "$1" >/dev/null 2>&1 || missing+=("$2"); }
 need git git
 need make make
 need gcc gcc
+# What test/chaos breaks clusters with.
+need strace strace
+need ip iproute2
+need nsenter util-linux
 [ -e /usr/include/stdlib.h ] || missing+=(libc6-dev)
 if [ ${#missing[@]} -eq 0 ]; then exit 0; fi
 if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null 2>&1; then
