@@ -28,6 +28,7 @@ func rules() map[string]rule {
 		"ListInstances":    operators,
 		"InvokeInstance":   operators,
 		"InvokeCapability": callers,
+		"ReadClock":        callers,
 		"FollowLogs":       operators,
 		"StartInstance":    operators,
 		"StopInstance":     operators,

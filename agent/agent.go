@@ -175,7 +175,7 @@ func (a *Agent) wireProviders() error {
 	a.providers = provider.NewHost(a.log, kinds...)
 	router, err := provider.NewRouter(provider.RouterConfig{
 		Directory: a.directory, Host: a.providers, Kinds: kinds,
-		Remote: remote.NewClient(a.cfg.Conn), Registerer: a.cfg.Registerer,
+		Remote: remote.NewClient(a.cfg.Conn, a.cfg.Clock), Registerer: a.cfg.Registerer, Clock: a.cfg.Clock,
 	})
 	if err != nil {
 		return fmt.Errorf("making the capability router: %w", err)
@@ -186,7 +186,11 @@ func (a *Agent) wireProviders() error {
 	}
 	a.service = &service{agent: a, capabilities: remote.NewServer(router), ports: func(inst *pb.Instance) port {
 		p := inst.GetPlacement()
-		return router.Port(inst.GetId(), p.GetGeneration(), p.GetNodeEpoch())
+		made := router.Port(inst.GetId(), p.GetGeneration(), p.GetNodeEpoch())
+		if tiedToLease(inst) {
+			made.Within(tenure{lease: a.lease, epoch: p.GetNodeEpoch()})
+		}
+		return made
 	}}
 	return nil
 }
@@ -203,7 +207,7 @@ func (a *Agent) newWorker(m *metrics) *worker {
 }
 
 // hostOf makes the way out of one generation of an instance.
-func (a *Agent) hostOf(inst *pb.Instance, log *instanceLog) runtime.Host {
+func (a *Agent) hostOf(inst *pb.Instance, log *instanceLog) guestHost {
 	h := &host{inst: inst, log: log, port: a.service.ports(inst), toAPI: remote.ToAPI}
 	if tiedToLease(inst) {
 		h.lease = a.lease

@@ -30,9 +30,16 @@ type executor struct {
 	modules        *moduleStore
 	runtimes       map[string]runtime.Runtime
 	defaultRuntime string
-	hosts          func(inst *pb.Instance, log *instanceLog) runtime.Host
+	hosts          func(inst *pb.Instance, log *instanceLog) guestHost
 	grace          time.Duration
 	log            *slog.Logger
+}
+
+// guestHost is a guest's way out, which is closed behind it.
+type guestHost interface {
+	runtime.Host
+	end()
+	settle(ctx context.Context) error
 }
 
 // attempt is one try to run an instance, from fetching its module to its end.
@@ -46,6 +53,10 @@ type attempt struct {
 	asked context.Context //nolint:containedctx // it is the request to stop: done when one was made
 	ask   context.CancelFunc
 	grace time.Duration // set before ask is called
+
+	// host is the guest's way out; nil before there is a guest. It belongs to the
+	// goroutine that runs the attempt.
+	host guestHost
 }
 
 func newAttempt(ctx context.Context, inst *pb.Instance, log *instanceLog) *attempt {
@@ -90,7 +101,8 @@ func (x *executor) run(a *attempt, on observer) runtime.Exit {
 	if err != nil {
 		return runtime.Exit{Reason: runtime.InvalidGuest, Message: err.Error()}
 	}
-	guest, err := rt.Prepare(a.asked, spec, x.hosts(a.inst, a.log))
+	a.host = x.hosts(a.inst, a.log)
+	guest, err := rt.Prepare(a.asked, spec, a.host)
 	switch {
 	case err == nil:
 	case a.asked.Err() != nil:
@@ -157,6 +169,7 @@ func (x *executor) runGuest(a *attempt, on observer, guest runtime.Instance) run
 			<-ended
 		}
 		closeGuest(ctx, log, guest)
+		a.host.end()
 	}()
 	on.starting()
 	if err := guest.Start(ctx); err != nil {

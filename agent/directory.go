@@ -15,7 +15,7 @@ func instanceRecord(inst *pb.Instance) provider.InstanceRecord {
 	return provider.InstanceRecord{
 		ID: inst.GetId(), Name: inst.GetName(),
 		Node: inst.GetPlacement().GetNodeId(), NodeEpoch: inst.GetPlacement().GetNodeEpoch(),
-		Generation: inst.GetPlacement().GetGeneration(),
+		Generation: inst.GetPlacement().GetGeneration(), Created: inst.GetCreatedIndex(),
 	}
 }
 
@@ -23,7 +23,7 @@ func remoteRecord(inst *pb.RemoteInstance) provider.InstanceRecord {
 	return provider.InstanceRecord{
 		ID: inst.GetInstanceId(), Name: inst.GetName(),
 		Node: inst.GetPlacement().GetNodeId(), NodeEpoch: inst.GetPlacement().GetNodeEpoch(),
-		Generation: inst.GetPlacement().GetGeneration(),
+		Generation: inst.GetPlacement().GetGeneration(), Created: inst.GetCreatedIndex(),
 	}
 }
 

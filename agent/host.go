@@ -25,6 +25,10 @@ const (
 // errors wrap the sentinels of package provider.
 type port interface {
 	Call(ctx context.Context, capability, operation string, payload []byte) ([]byte, error)
+	// End makes every further call fail; Settle then waits until none made before
+	// can have an effect any more.
+	End()
+	Settle(ctx context.Context) error
 }
 
 // host is the guest's only way out, for one generation of one instance.
@@ -49,6 +53,12 @@ func (h *host) Call(ctx context.Context, capability, operation string, payload [
 	return answer, nil
 }
 
+// end closes the way out: the guest has ended.
+func (h *host) end() { h.port.End() }
+
+// settle waits until no call of the guest can have an effect any more.
+func (h *host) settle(ctx context.Context) error { return h.port.Settle(ctx) }
+
 func (h *host) serve(ctx context.Context, capability, operation string, payload []byte) ([]byte, error) {
 	switch capability {
 	case capabilityLog:
@@ -59,7 +69,7 @@ func (h *host) serve(ctx context.Context, capability, operation string, payload 
 	if h.lease == nil {
 		return h.port.Call(ctx, capability, operation, payload)
 	}
-	bound, release, err := h.lease.bind(ctx)
+	bound, release, err := h.lease.bind(ctx, h.inst.GetPlacement().GetNodeEpoch())
 	if err != nil {
 		return nil, h.leaseEnded()
 	}

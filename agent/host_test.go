@@ -21,6 +21,10 @@ func (f portFunc) Call(ctx context.Context, capability, operation string, payloa
 	return f(ctx, capability, operation, payload)
 }
 
+func (f portFunc) End() {}
+
+func (f portFunc) Settle(context.Context) error { return nil }
+
 func testHost(p portFunc) *host {
 	book := newLogBook("n1", time.Now)
 	inst := &pb.Instance{Id: "web-1", Name: "web", CorrelationId: "start", Placement: &pb.Placement{Generation: 3}}

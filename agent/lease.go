@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"errors"
+	"math"
 	"sync"
 	"time"
 )
@@ -24,6 +25,7 @@ type lease struct {
 	changed func()
 
 	mu       sync.Mutex
+	of       uint64 // the epoch
 	deadline time.Duration
 	ttl      time.Duration
 	held     bool
@@ -41,6 +43,28 @@ func newLease(clock func() time.Duration, always bool, changed func()) *lease {
 
 // now reads the clock that deadlines are counted on.
 func (l *lease) now() time.Duration { return l.clock() }
+
+// begin takes up the lease of an epoch: the registration was sent at sent and
+// grants ttl. The lease of any other epoch is over.
+func (l *lease) begin(epoch uint64, sent, ttl time.Duration) {
+	l.mu.Lock()
+	other := l.of != epoch
+	l.mu.Unlock()
+	if other {
+		l.drop()
+	}
+	l.mu.Lock()
+	l.of = epoch
+	l.mu.Unlock()
+	l.renew(sent, ttl)
+}
+
+// epoch returns the epoch that the lease is or was of, 0 before the first.
+func (l *lease) epoch() uint64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.of
+}
 
 // renew moves the deadline: the renewal was sent at sent and grants ttl.
 func (l *lease) renew(sent, ttl time.Duration) {
@@ -89,6 +113,29 @@ func (l *lease) alive() bool {
 	return false
 }
 
+// covers reports whether the lease lives and is of an epoch: what was placed in
+// another one has no part in it.
+func (l *lease) covers(epoch uint64) bool {
+	return l.alive() && (l.always || l.epoch() == epoch)
+}
+
+// tenure is the lease as far as it concerns what was placed in one epoch.
+type tenure struct {
+	lease *lease
+	epoch uint64
+}
+
+// Ends implements provider.Tenure.
+func (t tenure) Ends() (at time.Duration, held bool) {
+	l := t.lease
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.always {
+		return math.MaxInt64, true
+	}
+	return l.deadline, l.held && l.of == t.epoch
+}
+
 // remaining returns how long the lease still lives, and its TTL.
 func (l *lease) remaining() (left, ttl time.Duration) {
 	l.mu.Lock()
@@ -97,16 +144,17 @@ func (l *lease) remaining() (left, ttl time.Duration) {
 }
 
 // bind returns a context that also ends, with the cause errLeaseEnded, when the
-// lease does; it fails when the lease has ended already. release must be called.
-func (l *lease) bind(ctx context.Context) (bound context.Context, release func(), err error) {
-	if !l.alive() {
+// lease of an epoch does; it fails when that has ended already. release must be
+// called.
+func (l *lease) bind(ctx context.Context, epoch uint64) (bound context.Context, release func(), err error) {
+	if !l.covers(epoch) {
 		return nil, nil, errLeaseEnded
 	}
 	bound, end := context.WithCancelCause(ctx)
 	l.mu.Lock()
 	id := l.nextCall
 	l.nextCall++
-	if l.held || l.always {
+	if l.held && l.of == epoch || l.always {
 		l.calls[id] = end
 	} else {
 		end(errLeaseEnded)

@@ -67,16 +67,16 @@ func TestBoundContextsEndWithTheLease(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		began := time.Now()
 		l := newLease(func() time.Duration { return time.Since(began) }, false, func() {})
-		if _, _, err := l.bind(t.Context()); !errors.Is(err, errLeaseEnded) {
+		if _, _, err := l.bind(t.Context(), 0); !errors.Is(err, errLeaseEnded) {
 			t.Fatalf("bound to a lease that is not held: %v", err)
 		}
 		l.renew(l.now(), 3*time.Second)
-		ctx, release, err := l.bind(t.Context())
+		ctx, release, err := l.bind(t.Context(), 0)
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer release()
-		_, other, err := l.bind(t.Context())
+		_, other, err := l.bind(t.Context(), 0)
 		if err != nil {
 			t.Fatal(err)
 		}

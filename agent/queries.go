@@ -43,7 +43,7 @@ func (s *supervisor) view() *pb.Instance {
 func withStatus(inst *pb.Instance, st *pb.InstanceStatus) *pb.Instance {
 	return &pb.Instance{
 		Id: inst.GetId(), Name: inst.GetName(), Spec: inst.GetSpec(),
-		DesiredRunning: inst.GetDesiredRunning(), RestartEpoch: inst.GetRestartEpoch(),
+		DesiredRunning: inst.GetDesiredRunning(), RestartEpoch: inst.GetRestartEpoch(), Leaving: inst.GetLeaving(),
 		Placement: inst.GetPlacement(), Status: st, CorrelationId: inst.GetCorrelationId(),
 		CreatedAt: inst.GetCreatedAt(), CreatedIndex: inst.GetCreatedIndex(), ModifiedIndex: inst.GetModifiedIndex(),
 	}

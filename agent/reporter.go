@@ -27,7 +27,7 @@ type reporter struct {
 	sent func(err error)
 
 	mu        sync.Mutex
-	instances map[string]*pb.InstanceStatus
+	instances map[string]*pb.InstanceReport
 	providers map[string]*pb.ProviderStatus
 	sending   bool
 	wake      chan struct{}
@@ -37,18 +37,18 @@ type reporter struct {
 func newReporter(sent func(error)) *reporter {
 	return &reporter{
 		sent:      sent,
-		instances: map[string]*pb.InstanceStatus{}, providers: map[string]*pb.ProviderStatus{},
+		instances: map[string]*pb.InstanceReport{}, providers: map[string]*pb.ProviderStatus{},
 		wake: make(chan struct{}, 1), settled: make(chan struct{}),
 	}
 }
 
 // instance takes an observation of an instance; it replaces an older one that
-// has not been sent. st is not modified afterwards.
-func (r *reporter) instance(id string, st *pb.InstanceStatus) {
+// has not been sent. It is not modified afterwards.
+func (r *reporter) instance(report *pb.InstanceReport) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.instances[id] = st
-	if passing(st) {
+	r.instances[report.GetInstanceId()] = report
+	if passing(report.GetStatus()) {
 		time.AfterFunc(passingPatience, r.poke)
 		return
 	}
@@ -103,11 +103,11 @@ func (r *reporter) take(node string, epoch uint64) *pb.ReportStatusRequest {
 		return nil
 	}
 	req := &pb.ReportStatusRequest{NodeId: node, Epoch: epoch}
-	for id, st := range r.instances {
+	for id, report := range r.instances {
 		if len(req.Instances) == maxReports {
 			break
 		}
-		req.Instances = append(req.Instances, &pb.InstanceReport{InstanceId: id, Status: st})
+		req.Instances = append(req.Instances, report)
 		delete(r.instances, id)
 	}
 	for id, st := range r.providers {
@@ -129,7 +129,7 @@ func (r *reporter) done(req *pb.ReportStatusRequest, err error) {
 	if err != nil {
 		for _, i := range req.GetInstances() {
 			if _, newer := r.instances[i.GetInstanceId()]; !newer {
-				r.instances[i.GetInstanceId()] = i.GetStatus()
+				r.instances[i.GetInstanceId()] = i
 			}
 		}
 		for _, p := range req.GetProviders() {

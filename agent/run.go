@@ -147,7 +147,7 @@ func (a *Agent) resync() {
 	for _, s := range a.worker.all() {
 		s.mu.Lock()
 		if s.status.GetState() >= pb.InstanceState_INSTANCE_STATE_PREPARING {
-			a.reports.instance(s.id, s.status)
+			a.reports.instance(s.reportLocked())
 		}
 		s.mu.Unlock()
 	}
@@ -158,11 +158,11 @@ func (a *Agent) resync() {
 
 // observedInstance takes a change of an instance's status. What has ended for
 // good goes into the journal, so that a restart does not run it again.
-func (a *Agent) observedInstance(id string, st *pb.InstanceStatus) {
+func (a *Agent) observedInstance(r *pb.InstanceReport) {
 	if a.session != nil {
-		a.reports.instance(id, st)
+		a.reports.instance(r)
 	}
-	switch st.GetState() {
+	switch r.GetStatus().GetState() {
 	case pb.InstanceState_INSTANCE_STATE_COMPLETED, pb.InstanceState_INSTANCE_STATE_STOPPED, pb.InstanceState_INSTANCE_STATE_FAILED:
 		a.journal.touch()
 	default:

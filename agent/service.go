@@ -18,6 +18,7 @@ import (
 // *remote.Server is one. It checks everything but the kind of caller.
 type capabilityServer interface {
 	InvokeCapability(ctx context.Context, req *pb.InvokeCapabilityRequest) (*pb.InvokeCapabilityResponse, error)
+	ReadClock(ctx context.Context, req *pb.ReadClockRequest) (*pb.ReadClockResponse, error)
 }
 
 // service is NodeAgentService. It relies on the rules of access.go and on the
@@ -101,6 +102,11 @@ func bounded(text string) string {
 // InvokeCapability calls a provider of this node for another node or a user.
 func (s *service) InvokeCapability(ctx context.Context, req *pb.InvokeCapabilityRequest) (*pb.InvokeCapabilityResponse, error) {
 	return s.capabilities.InvokeCapability(ctx, req)
+}
+
+// ReadClock tells other agents the clock that their calls are limited by.
+func (s *service) ReadClock(ctx context.Context, req *pb.ReadClockRequest) (*pb.ReadClockResponse, error) {
+	return s.capabilities.ReadClock(ctx, req)
 }
 
 // FollowLogs streams the output of instances of this node.

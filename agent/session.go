@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/wasmatrix/wasmatrix/apierror"
+	"github.com/wasmatrix/wasmatrix/internal/plant"
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
 )
 
@@ -176,16 +177,18 @@ func (s *session) register(ctx context.Context, client pb.AgentSessionServiceCli
 		}
 		return 0, err
 	}
+	if plant.On(plant.DeadlineFromAnswer) {
+		sent = s.lease.now()
+	}
 	ttl := resp.GetLeaseTtl().AsDuration()
 	if resp.GetEpoch() == 0 || ttl <= 0 {
 		return 0, fmt.Errorf("the leader answered with epoch %d and a lease of %s", resp.GetEpoch(), ttl)
 	}
 	if s.epoch != 0 && resp.GetEpoch() != s.epoch {
 		s.log.WarnContext(ctx, "the epoch of this node has ended", "epoch", s.epoch, "next", resp.GetEpoch())
-		s.lease.drop()
 	}
 	s.epoch = resp.GetEpoch()
-	s.lease.renew(sent, ttl)
+	s.lease.begin(s.epoch, sent, ttl)
 	s.peers.learn(resp.GetPeerApiAddresses())
 	return ttl, nil
 }
@@ -205,6 +208,9 @@ func (s *session) heartbeats(ctx context.Context, client pb.AgentSessionServiceC
 		cancel()
 		if err != nil {
 			return fmt.Errorf("renewing the lease: %w", err)
+		}
+		if plant.On(plant.DeadlineFromAnswer) {
+			sent = s.lease.now()
 		}
 		if granted := resp.GetLeaseTtl().AsDuration(); granted > 0 {
 			ttl = granted

@@ -228,17 +228,20 @@ func TestSearch(t *testing.T) {
 
 func TestABatchThatWasNotAcknowledgedIsKept(t *testing.T) {
 	r := newReporter(func(error) {})
-	old, newer := &pb.InstanceStatus{Attempt: 1}, &pb.InstanceStatus{Attempt: 2}
-	r.instance("a-1", old)
-	r.instance("a-2", old)
+	of := func(id string, attempt uint32) *pb.InstanceReport {
+		return &pb.InstanceReport{InstanceId: id, Status: &pb.InstanceStatus{Attempt: attempt}}
+	}
+	first, old, newer := of("a-1", 1), of("a-2", 1), of("a-2", 2)
+	r.instance(first)
+	r.instance(old)
 	r.provider("kv", &pb.ProviderStatus{})
 	batch := r.take("n1", 7)
 	if len(batch.GetInstances()) != 2 || len(batch.GetProviders()) != 1 || batch.GetEpoch() != 7 || r.take("n1", 7) != nil {
 		t.Fatalf("took %v", batch)
 	}
-	r.instance("a-2", newer)
+	r.instance(newer)
 	r.done(batch, errGap)
-	if r.instances["a-1"] != old || r.instances["a-2"] != newer || len(r.providers) != 1 {
+	if r.instances["a-1"] != first || r.instances["a-2"] != newer || len(r.providers) != 1 {
 		t.Fatalf("kept %v and %v", r.instances, r.providers)
 	}
 	ctx, cancel := context.WithCancel(t.Context())

@@ -6,6 +6,7 @@ import (
 	"math"
 	"time"
 
+	"github.com/wasmatrix/wasmatrix/internal/plant"
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
 	"github.com/wasmatrix/wasmatrix/quantity"
 	"github.com/wasmatrix/wasmatrix/runtime"
@@ -73,7 +74,7 @@ func memoryLimit(s string) (uint64, error) {
 
 // tiedToLease reports whether the instance stops itself when the node is cut off.
 func tiedToLease(inst *pb.Instance) bool {
-	return inst.GetSpec().GetOnDisconnect() == onDisconnectStop
+	return inst.GetSpec().GetOnDisconnect() == onDisconnectStop || plant.On(plant.StopsWhenCutOff)
 }
 
 // onDisconnectStop is the value of WorkloadSpec.on_disconnect that ties an

@@ -8,8 +8,10 @@ type want struct {
 	gone bool
 	// shutdown: the agent ends.
 	shutdown bool
-	// run: the instance is to run.
+	// run: the instance is to run on this node.
 	run bool
+	// leaving: the instance is to run on another node, once it has ended on this one.
+	leaving bool
 	// held: the instance may not run now, because its policy ties it to the
 	// node's lease and the lease has ended.
 	held bool
@@ -45,6 +47,8 @@ type have struct {
 	restartEpoch uint64
 	// due is when the next attempt begins in phaseWaiting.
 	due time.Time
+	// left: it was reported that this generation has ended and will not run again.
+	left bool
 }
 
 // verb is what the supervisor does next.
@@ -78,6 +82,8 @@ const (
 	causeRemoved
 	// causeSuperseded: a newer generation of the placement exists.
 	causeSuperseded
+	// causeLeaving: the instance moves to another node.
+	causeLeaving
 	// causeRestart: a user asked for a new start.
 	causeRestart
 	// causeLease: the node's lease ended and the instance is tied to it.
@@ -110,8 +116,13 @@ func step(w want, h have, now time.Time) action {
 		return action{verb: verbForget}
 	}
 	fresh := w.generation != h.generation || w.restartEpoch != h.restartEpoch
+	if h.left && w.generation == h.generation && (w.run || !fresh) {
+		// The next generation may run elsewhere already. But where a restart was asked
+		// for meanwhile, the registry waits for an end that knows of it.
+		return action{verb: verbNone}
+	}
 	if !w.run {
-		if fresh || h.phase == phaseIdle || h.phase == phaseWaiting {
+		if fresh || h.phase == phaseIdle || h.phase == phaseWaiting || h.phase == phaseStopped && w.leaving {
 			return action{verb: verbSettle}
 		}
 		return action{verb: verbNone}
@@ -134,6 +145,8 @@ func endFor(w want, h have) cause {
 		return causeRemoved
 	case w.generation != h.generation:
 		return causeSuperseded
+	case w.leaving:
+		return causeLeaving
 	case !w.run:
 		return causeAsked
 	case w.restartEpoch != h.restartEpoch:

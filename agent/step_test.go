@@ -24,6 +24,10 @@ func TestStep(t *testing.T) {
 	restarted := with(func(w *want) { w.restartEpoch = 2 })
 	newerStopped := with(func(w *want) { w.generation, w.run = 4, false })
 	newerHeld := with(func(w *want) { w.generation, w.held = 4, true })
+	leaving := with(func(w *want) { w.run, w.leaving = false, true })
+	restartedLeaving := with(func(w *want) { w.run, w.leaving, w.restartEpoch = false, true, 2 })
+	hasLeft := at(phaseStopped)
+	hasLeft.left = true
 	soon, past := at(phaseWaiting), at(phaseWaiting)
 	soon.due, past.due = stepNow.Add(time.Second), stepNow.Add(-time.Second)
 
@@ -47,6 +51,7 @@ func TestStep(t *testing.T) {
 		{"shutdown ends it", shutdown, at(phaseLive), stop(causeShutdown)},
 		{"a newer generation ends it", newer, at(phaseLive), stop(causeSuperseded)},
 		{"a newer generation that is to be stopped ends it too", newerStopped, at(phaseLive), stop(causeSuperseded)},
+		{"a move ends it", leaving, at(phaseLive), stop(causeLeaving)},
 		{"a restart ends it", restarted, at(phaseLive), stop(causeRestart)},
 		{"a lost lease ends one tied to it", held, at(phaseLive), stop(causeLease)},
 
@@ -66,6 +71,16 @@ func TestStep(t *testing.T) {
 		{"a stopped one stays so", stopped, at(phaseStopped), none},
 		{"a stopped one that is wanted starts", running, at(phaseStopped), start},
 		{"stopped by the lease it waits for that", held, at(phaseStopped), none},
+		{"a stopped one that is to leave is settled anew", leaving, at(phaseStopped), settle},
+		{"one that waits leaves", leaving, soon, settle},
+		{"one that has not begun leaves", leaving, at(phaseIdle), settle},
+		{"what has left stays away", leaving, hasLeft, none},
+		{"what has left and was restarted meanwhile tells its end again", restartedLeaving, hasLeft, settle},
+		{"what has left does not start again, restarted or not", restarted, hasLeft, none},
+		{"even if it is wanted again", running, hasLeft, none},
+		{"and if it is to start anew", restarted, hasLeft, none},
+		{"its next generation starts", newer, hasLeft, start},
+		{"what has left and is gone is forgotten", gone, hasLeft, forget},
 		{"a newer generation of it starts", newer, at(phaseStopped), start},
 		{"a newer generation to be stopped is settled anew", newerStopped, at(phaseStopped), settle},
 		{"a stopped one that is gone is forgotten", gone, at(phaseStopped), forget},
@@ -91,7 +106,7 @@ func TestStepInvariants(t *testing.T) {
 	flags := []bool{false, true}
 	seen := 0
 	for p := phaseIdle; p <= phaseDone; p++ {
-		for bits := range 1 << 6 {
+		for bits := range 1 << 8 {
 			flag := func(n int) bool { return flags[bits>>n&1] }
 			w := want{gone: flag(0), shutdown: flag(1), run: flag(2), held: flag(3), generation: 2, restartEpoch: 1}
 			h := have{phase: p, generation: 2, restartEpoch: 1, due: stepNow.Add(time.Minute)}
@@ -101,11 +116,13 @@ func TestStepInvariants(t *testing.T) {
 			if flag(5) {
 				h.restartEpoch = 0
 			}
+			w.leaving, h.left = flag(6), flag(7)
+			w.run = w.run && !w.leaving
 			seen++
 			checkStep(t, w, h, step(w, h, stepNow))
 		}
 	}
-	if seen != 6*64 {
+	if seen != 6*256 {
 		t.Fatalf("looked at %d combinations", seen)
 	}
 }
@@ -121,6 +138,8 @@ func checkStep(t *testing.T, w want, h have, a action) {
 		bad = "a second guest is started"
 	case a.verb == verbStart && !allowed:
 		bad = "a guest is started that may not run"
+	case a.verb == verbStart && h.left && w.generation == h.generation:
+		bad = "a generation that has left is started again"
 	case a.verb == verbStart && h.phase == phaseDone && !fresh:
 		bad = "what has ended for good is started again"
 	case a.verb == verbStop && h.phase != phaseLive:

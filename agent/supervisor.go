@@ -46,8 +46,9 @@ func newSupervisor(w *worker, inst *pb.Instance) *supervisor {
 	s.have = have{generation: generation, restartEpoch: inst.GetRestartEpoch()}
 	s.status = &pb.InstanceStatus{
 		State: pb.InstanceState_INSTANCE_STATE_ASSIGNED, Generation: generation,
-		CrashCount: inst.GetStatus().GetCrashCount(),
+		CrashCount: inst.GetStatus().GetCrashCount(), Retries: inst.GetStatus().GetRetries(),
 	}
+	s.retries = int(s.status.GetRetries())
 	recorded := inst.GetStatus()
 	if recorded.GetGeneration() != generation {
 		return s
@@ -107,7 +108,11 @@ func (s *supervisor) run(ctx context.Context) {
 		switch act.verb {
 		case verbStart:
 			a := s.begin(ctx)
-			attempts.Go(func() { s.end(ctx, a, s.worker.exec.run(a, &progress{s: s, a: a})) })
+			attempts.Go(func() {
+				exit := s.worker.exec.run(a, &progress{s: s, a: a})
+				s.settleCalls(ctx, a)
+				s.end(ctx, a, exit)
+			})
 		case verbStop:
 			s.stop(ctx, act.cause)
 		case verbSettle:
@@ -132,12 +137,17 @@ func (s *supervisor) run(ctx context.Context) {
 
 // decide asks step for the next action.
 func (s *supervisor) decide(shutdown bool) action {
-	held := !s.worker.lease.alive()
+	s.mu.Lock()
+	epoch := s.inst.GetPlacement().GetNodeEpoch()
+	s.mu.Unlock()
+	held := !s.worker.lease.covers(epoch)
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	leaving := s.inst.GetLeaving() && s.inst.GetDesiredRunning()
 	return step(want{
 		gone: s.gone, shutdown: shutdown,
-		run:          s.inst.GetDesiredRunning(),
+		run:          s.inst.GetDesiredRunning() && !leaving,
+		leaving:      leaving,
 		held:         held && tiedToLease(s.inst),
 		generation:   s.inst.GetPlacement().GetGeneration(),
 		restartEpoch: s.inst.GetRestartEpoch(),
@@ -148,16 +158,20 @@ func (s *supervisor) decide(shutdown bool) action {
 // and what the registry counted on other nodes is kept.
 func (s *supervisor) adoptLocked() {
 	generation := s.inst.GetPlacement().GetGeneration()
-	if generation != s.have.generation || s.inst.GetRestartEpoch() != s.have.restartEpoch {
+	switch {
+	case s.inst.GetRestartEpoch() != s.have.restartEpoch:
 		s.retries = 0
+	case generation != s.have.generation:
+		s.retries = int(s.inst.GetStatus().GetRetries())
 	}
 	if generation != s.status.GetGeneration() {
 		s.status = &pb.InstanceStatus{
 			Generation: generation,
+			Retries:    uint32(s.retries),
 			CrashCount: max(s.status.GetCrashCount(), s.inst.GetStatus().GetCrashCount()),
 		}
 	}
-	s.have.generation, s.have.restartEpoch = generation, s.inst.GetRestartEpoch()
+	s.have.generation, s.have.restartEpoch, s.have.left = generation, s.inst.GetRestartEpoch(), false
 }
 
 // begin records a new attempt, which the caller runs.
@@ -172,6 +186,7 @@ func (s *supervisor) begin(ctx context.Context) *attempt {
 	s.attempt, s.cause = newAttempt(ctx, s.inst, s.log), causeNone
 	s.status = &pb.InstanceStatus{
 		Generation: s.have.generation, Attempt: s.status.GetAttempt(), CrashCount: s.status.GetCrashCount(),
+		Retries: uint32(s.retries),
 	}
 	s.changeLocked(func(st *pb.InstanceStatus) {
 		st.State = pb.InstanceState_INSTANCE_STATE_PREPARING
@@ -192,6 +207,9 @@ func (s *supervisor) stop(ctx context.Context, why cause) {
 		s.mu.Unlock() // it ended by itself in the meantime
 		return
 	}
+	if why == causeRemoved && s.inst.GetPlacement().GetNodeEpoch() != s.worker.lease.epoch() {
+		grace = 0 // it was placed in an epoch that is over
+	}
 	s.have.phase, s.cause, s.guest = phaseEnding, why, nil
 	a := s.attempt
 	s.changeLocked(func(st *pb.InstanceStatus) {
@@ -207,12 +225,37 @@ func (s *supervisor) settle() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.adoptLocked()
-	s.have.phase = phaseStopped
+	why := causeAsked
+	if s.inst.GetLeaving() {
+		why = causeLeaving
+	}
+	s.have.phase, s.have.left = phaseStopped, why == causeLeaving
 	s.changeLocked(func(st *pb.InstanceStatus) {
 		st.State, st.Reason = pb.InstanceState_INSTANCE_STATE_STOPPED, pb.ExitReason_EXIT_REASON_STOPPED
-		st.Message, st.NextRetryAt = causeAsked.String(), nil
+		st.Message, st.NextRetryAt = why.String(), nil
 		st.FinishedAt = timestamppb.New(time.Now())
 	})
+}
+
+// settleCalls waits until nothing that the attempt called can have an effect any
+// more: its end, once reported, may let the next generation begin elsewhere. It
+// waits for nothing where the end of the node's epoch, or a newer generation,
+// decides about that, nor when the agent ends.
+func (s *supervisor) settleCalls(ctx context.Context, a *attempt) {
+	s.mu.Lock()
+	why := s.cause
+	s.mu.Unlock()
+	switch why {
+	case causeNone, causeAsked, causeLeaving:
+	default:
+		return
+	}
+	if a.host == nil {
+		return
+	}
+	if err := a.host.settle(ctx); err != nil {
+		s.worker.log.WarnContext(ctx, "an instance ended with calls whose outcome is not known", "instance", s.id, "error", err)
+	}
 }
 
 // end takes up how an attempt ended.
@@ -228,6 +271,16 @@ func (s *supervisor) end(ctx context.Context, a *attempt, exit runtime.Exit) {
 		s.have.phase = phaseStopped
 		return
 	}
+	if exit.Reason == runtime.Stopped && (s.cause == causeLease || s.cause == causeRestart) {
+		// This generation runs again. STOPPED is kept for an end after which it does
+		// not: it lets the instance be placed elsewhere.
+		s.have.phase, s.have.due = phaseWaiting, now
+		s.changeLocked(func(st *pb.InstanceStatus) {
+			st.Reason, st.FinishedAt = pb.ExitReason_EXIT_REASON_STOPPED, timestamppb.New(now)
+		})
+		return
+	}
+	s.have.left = exit.Reason == runtime.Stopped && s.cause == causeLeaving
 	if exit.Reason == runtime.Stopped {
 		exit.Message = strings.TrimSuffix(s.cause.String()+"; "+exit.Message, "; ")
 	}
@@ -236,6 +289,9 @@ func (s *supervisor) end(ctx context.Context, a *attempt, exit runtime.Exit) {
 		ran = now.Sub(a.served)
 	}
 	v := restartPolicyOf(a.inst.GetSpec().GetRestart()).after(exit, ran, s.retries, rand.Float64())
+	if s.have.left {
+		v.retries = s.retries // moving is no new beginning
+	}
 	s.have.phase, s.have.due, s.retries = v.phase, now.Add(v.delay), v.retries
 	s.changeLocked(func(st *pb.InstanceStatus) { ended(st, exit, v, now) })
 	if v.crashed {
@@ -250,6 +306,7 @@ func (s *supervisor) end(ctx context.Context, a *attempt, exit runtime.Exit) {
 func ended(st *pb.InstanceStatus, exit runtime.Exit, v verdict, now time.Time) {
 	st.Reason, st.ExitCode, st.Message = pb.ExitReason(exit.Reason), exit.Code, oneLine(exit.Message)
 	st.FinishedAt, st.NextRetryAt = timestamppb.New(now), nil
+	st.Retries = uint32(v.retries)
 	if v.phase == phaseWaiting {
 		st.NextRetryAt = timestamppb.New(now.Add(v.delay))
 	}
@@ -289,7 +346,15 @@ func (s *supervisor) changeLocked(change func(*pb.InstanceStatus)) {
 	st := cloneStatus(s.status)
 	change(st)
 	s.status = st
-	s.worker.changed(s.id, st)
+	s.worker.report(s.reportLocked())
+}
+
+// reportLocked is what the control plane is told of the instance as it stands.
+func (s *supervisor) reportLocked() *pb.InstanceReport {
+	return &pb.InstanceReport{
+		InstanceId: s.id, Status: s.status, RestartEpoch: s.have.restartEpoch,
+		Left: s.have.left && s.status.GetState() == pb.InstanceState_INSTANCE_STATE_STOPPED,
+	}
 }
 
 // progress passes on how far one attempt has come, unless it was asked to stop.
@@ -345,6 +410,8 @@ func (c cause) String() string {
 		return "no longer assigned to this node"
 	case causeSuperseded:
 		return "a newer generation of the placement exists"
+	case causeLeaving:
+		return "moves to another node"
 	case causeRestart:
 		return "restarted as asked"
 	case causeLease:

@@ -20,7 +20,7 @@ type worker struct {
 	metrics *metrics
 	log     *slog.Logger
 	// report takes each change of a status; it must not block.
-	report func(id string, st *pb.InstanceStatus)
+	report func(r *pb.InstanceReport)
 
 	mu          sync.Mutex
 	supervisors map[string]*supervisor
@@ -107,8 +107,6 @@ func (w *worker) poke() {
 		s.poke()
 	}
 }
-
-func (w *worker) changed(id string, st *pb.InstanceStatus) { w.report(id, st) }
 
 func (w *worker) ids() []string {
 	w.mu.Lock()

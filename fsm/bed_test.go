@@ -213,7 +213,8 @@ func state(name string) pb.InstanceState {
 	return pb.InstanceState(n)
 }
 
-// report sends a report as the agent that holds the instance.
+// report sends a report as the agent that holds the instance and has seen all
+// that was asked of it.
 func (b *bed) report(id string, s pb.InstanceState, attempt uint32, edit ...func(*pb.InstanceStatus)) bool {
 	b.t.Helper()
 	in := b.instance(id)
@@ -221,11 +222,28 @@ func (b *bed) report(id string, s pb.InstanceState, attempt uint32, edit ...func
 	for _, e := range edit {
 		e(status)
 	}
+	return b.reports(in, &pb.InstanceReport{
+		InstanceId: id, Status: status, RestartEpoch: in.GetRestartEpoch(),
+		Left: in.GetLeaving() && s == pb.InstanceState_INSTANCE_STATE_STOPPED,
+	})
+}
+
+// reports sends a report about an instance as the agent that held it as in says.
+func (b *bed) reports(in *pb.Instance, r *pb.InstanceReport) bool {
+	b.t.Helper()
 	res := b.do(&pb.ReportStatusRequest{
 		NodeId: in.GetPlacement().GetNodeId(), Epoch: in.GetPlacement().GetNodeEpoch(),
-		Instances: []*pb.InstanceReport{{InstanceId: id, Status: status}},
+		Instances: []*pb.InstanceReport{r},
 	})
 	return len(res.GetIds()) == 1
+}
+
+// move moves an instance off its node, which drains, as scheduler and agent do.
+func (b *bed) move(instance, node string) {
+	b.t.Helper()
+	b.place(instance, node)
+	b.report(instance, state("STOPPED"), b.instance(instance).GetStatus().GetAttempt())
+	b.place(instance, node)
 }
 
 func (b *bed) reportProvider(id string, s pb.ProviderState, message string) bool {

@@ -29,10 +29,27 @@
 //
 // # Requests that are repeated
 //
-// The answer to a request id, a refusal too, is kept for at least DedupAge of
-// command time unless DedupKept newer ones push it out. The same id with the
+// The answer to a request id, a refusal too, is remembered. The same id with the
 // same digest gets that answer again, with the index of the first, and has no
 // other effect; with another digest it is a CONFLICT.
+//
+// A request outside of client sessions has its answer kept for DedupAge of command
+// time and no longer: its id, used again after that, is a new request. None is
+// forgotten early; when DedupKept are kept, further ones are refused.
+//
+// A request of a session has its answer kept until the client says that it needs
+// it no more (CommandSession.first_outstanding) or the session has been idle for
+// its time. What is below that number, or of a session that is not known, is
+// refused and never carried out, however late it comes: nobody can tell any more
+// whether it was carried out before. Only the actor that opened a session can use
+// it. The refusals that come before a request is looked at say what became of it
+// (the detail outcome), and are not remembered.
+//
+// # Preconditions
+//
+// A command may say at which modified_index records must be. It is judged when the
+// command is applied, after the memory of answers was asked, so that a repetition
+// is not judged by what the first one has changed.
 //
 // # Time
 //
@@ -53,5 +70,5 @@
 // Each command folds its index and every record it changed, in order and in
 // deterministic encoding, into a running SHA-256. Two peers that applied the
 // same log have the same hash at the same index; View.Hash makes that
-// comparable.
+// comparable, and State.HashAt for a while afterwards.
 package fsm

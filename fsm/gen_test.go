@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/wasmatrix/wasmatrix/fsm"
@@ -24,6 +25,9 @@ type generator struct {
 	roll dice
 	seq  int
 	past []*pb.Command
+	// The sessions, and the numbers of their last requests.
+	sessions  []string
+	sequences map[string]uint64
 }
 
 // next returns the next command for a state that looks like v.
@@ -47,7 +51,61 @@ func (g *generator) next(v fsm.View) *pb.Command {
 		cmd.RequestDigest = []byte{byte(g.seq)}
 		g.past = append(g.past, cmd)
 	}
+	if cmd.GetRequestId() != "" && g.roll.chance(60) {
+		cmd.Session = g.session()
+	}
+	if g.roll.chance(10) {
+		cmd.Preconditions = append(cmd.Preconditions, g.precondition(v))
+	}
 	return cmd
+}
+
+// session places a command in a session, mostly under the next number of it.
+func (g *generator) session() *pb.CommandSession {
+	if len(g.sessions) == 0 || g.roll.chance(3) {
+		return &pb.CommandSession{Id: "nobody's", Sequence: 1}
+	}
+	id := g.sessions[max(0, len(g.sessions)-1-g.roll(3))]
+	if g.sequences == nil {
+		g.sequences = map[string]uint64{}
+	}
+	if !g.roll.chance(10) {
+		g.sequences[id]++
+	}
+	seq := g.sequences[id] + uint64(g.roll(2))*uint64(g.roll(2))
+	return &pb.CommandSession{Id: id, Sequence: seq, FirstOutstanding: seq - min(seq, uint64(g.roll(3)))}
+}
+
+func (g *generator) precondition(v fsm.View) *pb.Precondition {
+	in, _ := v.Instance(g.instanceID(v))
+	p, _ := v.Provider(g.providerID())
+	n, _ := v.Node(g.nodeID())
+	a, _ := v.Assignment(in.GetId(), p.GetId())
+	out := pick(
+		g.roll,
+		&pb.Precondition{Record: &pb.Precondition_InstanceId{InstanceId: in.GetId()}, ModifiedIndex: in.GetModifiedIndex()},
+		&pb.Precondition{Record: &pb.Precondition_Workload{Workload: in.GetName()}},
+		&pb.Precondition{Record: &pb.Precondition_ProviderId{ProviderId: p.GetId()}, ModifiedIndex: p.GetModifiedIndex()},
+		&pb.Precondition{Record: &pb.Precondition_NodeId{NodeId: n.GetId()}, ModifiedIndex: n.GetModifiedIndex()},
+		&pb.Precondition{Record: &pb.Precondition_Assignment{Assignment: &pb.AssignmentKey{
+			InstanceId: in.GetId(), ProviderId: p.GetId(),
+		}}, ModifiedIndex: a.GetModifiedIndex()},
+	)
+	out.ModifiedIndex = g.near(out.GetModifiedIndex())
+	return out
+}
+
+func (g *generator) openSession(fsm.View) proto.Message {
+	id := fmt.Sprintf("s%d", g.seq)
+	if len(g.sessions) > 0 && g.roll.chance(10) {
+		id = pick(g.roll, g.sessions...)
+	}
+	g.sessions = append(g.sessions, id)
+	return &pb.OpenSessionCommand{SessionId: id, IdleTimeout: durationpb.New(time.Duration(9+g.roll(30)) * time.Minute)}
+}
+
+func (g *generator) initCluster(fsm.View) proto.Message {
+	return &pb.InitClusterCommand{ClusterId: fmt.Sprintf("c%d", g.roll(3))}
 }
 
 func (g *generator) payload(v fsm.View) proto.Message {
@@ -56,6 +114,7 @@ func (g *generator) payload(v fsm.View) proto.Message {
 		g.createInstances, g.createInstances, g.changeInstances, g.changeInstances,
 		g.place, g.place, g.place, g.place, g.report, g.report, g.report, g.report, g.report,
 		g.capability, g.capability, g.provider, g.provider,
+		g.openSession, g.initCluster,
 	}
 	return pick(g.roll, makers...)(v)
 }
@@ -211,7 +270,8 @@ func (g *generator) report(v fsm.View) proto.Message {
 
 func (g *generator) instanceReport(in *pb.Instance) *pb.InstanceReport {
 	s := pick(g.roll, "PREPARING", "STARTING", "RUNNING", "RUNNING", "STOPPING", "COMPLETED", "STOPPED", "CRASHED", "FAILED", "LOST")
-	return &pb.InstanceReport{InstanceId: in.GetId(), Status: &pb.InstanceStatus{
+	left, restarts := g.roll.chance(50), in.GetRestartEpoch()-min(in.GetRestartEpoch(), uint64(g.roll(2)))
+	return &pb.InstanceReport{InstanceId: in.GetId(), Left: left, RestartEpoch: restarts, Status: &pb.InstanceStatus{
 		State: state(s), Generation: g.near(in.GetPlacement().GetGeneration()),
 		Attempt:    in.GetStatus().GetAttempt() + uint32(g.roll(2)),
 		CrashCount: uint32(g.roll(5)), Message: pick(g.roll, "", "trap"),

@@ -22,6 +22,8 @@ const (
 	hashEvent      byte = 7
 	hashDedup      byte = 8
 	hashSpec       byte = 9
+	hashSession    byte = 10
+	hashCluster    byte = 11
 )
 
 const (

@@ -123,21 +123,30 @@ func (t *tx) restartInstances(c *pb.RestartInstancesCommand) ([]string, *refusal
 		again.DesiredRunning = true
 		again.RestartEpoch++
 		if Ended(in) || !Placed(in) {
+			again.Leaving = false
 			if g := in.GetPlacement().GetGeneration(); g > 0 {
 				again.Placement = &pb.Placement{Generation: g}
 			}
-			again.Status = &pb.InstanceStatus{
-				State:      pb.InstanceState_INSTANCE_STATE_PENDING,
-				Generation: in.GetStatus().GetGeneration(),
-				CrashCount: in.GetStatus().GetCrashCount(),
-				StartedAt:  in.GetStatus().GetStartedAt(),
-				FinishedAt: in.GetStatus().GetFinishedAt(),
-			}
+			again.Status = pendingAgain(in.GetStatus())
+			again.Status.Retries = 0 // whoever asks for a start gives it all its tries
 		}
 		t.putInstance(in, again)
 		t.instanceEvent(pb.EventKind_EVENT_KIND_INSTANCE_REQUESTED, again, "restart requested")
 	}
 	return idsOf(ins), nil
+}
+
+// pendingAgain is the status of an instance that waits for its next placement.
+// The facts about earlier runs stay.
+func pendingAgain(known *pb.InstanceStatus) *pb.InstanceStatus {
+	return &pb.InstanceStatus{
+		State:      pb.InstanceState_INSTANCE_STATE_PENDING,
+		Generation: known.GetGeneration(),
+		Retries:    known.GetRetries(),
+		CrashCount: known.GetCrashCount(),
+		StartedAt:  known.GetStartedAt(),
+		FinishedAt: known.GetFinishedAt(),
+	}
 }
 
 // removeInstances forgets instances and their assignments. One that still runs
@@ -173,6 +182,7 @@ func (t *tx) stopped(in *pb.Instance, message string) { t.stopOver(in, shallow(i
 
 // stopOver writes off, a copy of old, as STOPPED.
 func (t *tx) stopOver(old, off *pb.Instance, message string) {
+	off.Leaving = false
 	off.Status = shallow(old.GetStatus())
 	off.Status.State = pb.InstanceState_INSTANCE_STATE_STOPPED
 	off.Status.Reason = pb.ExitReason_EXIT_REASON_STOPPED
@@ -189,6 +199,7 @@ func (t *tx) stopOver(old, off *pb.Instance, message string) {
 // placement goes on naming the node, as a fact; Placed is false from here on.
 func (t *tx) lost(in *pb.Instance, message string) {
 	gone := shallow(in)
+	gone.Leaving = false
 	gone.Status = shallow(in.GetStatus())
 	gone.Status.State = pb.InstanceState_INSTANCE_STATE_LOST
 	gone.Status.Reason = pb.ExitReason_EXIT_REASON_NODE_LOST
@@ -204,10 +215,12 @@ func (t *tx) lost(in *pb.Instance, message string) {
 func (t *tx) assign(in *pb.Instance, node *pb.Node) *pb.Instance {
 	generation := in.GetPlacement().GetGeneration() + 1
 	out := shallow(in)
+	out.Leaving = false
 	out.Placement = &pb.Placement{NodeId: node.GetId(), NodeEpoch: node.GetEpoch(), Generation: generation}
 	out.Status = &pb.InstanceStatus{
 		State:      pb.InstanceState_INSTANCE_STATE_ASSIGNED,
 		Generation: generation,
+		Retries:    in.GetStatus().GetRetries(),
 		CrashCount: in.GetStatus().GetCrashCount(),
 		StartedAt:  in.GetStatus().GetStartedAt(),
 		FinishedAt: in.GetStatus().GetFinishedAt(),

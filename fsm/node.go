@@ -135,8 +135,8 @@ func (t *tx) expireNode(c *pb.ExpireNodeCommand) *pb.CommandResult {
 	return res
 }
 
-// drainNode begins or ends a drain. The instances are moved by the scheduler;
-// moving bumps the generation, which ends them on the node they leave.
+// drainNode begins or ends a drain. The scheduler asks the instances to leave.
+// Those that were asked go even if the drain ends meanwhile.
 func (t *tx) drainNode(c *pb.DrainNodeCommand) ([]string, *refusal) {
 	old, ok := t.node(c.GetNodeId())
 	if !ok {

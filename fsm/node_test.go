@@ -216,6 +216,13 @@ func TestADrainedNodeIsLeftByThoseThatMayMove(t *testing.T) {
 	if got := b.place("stays-1", "n2").GetIds(); len(got) != 0 {
 		t.Errorf("moved %v, whose policy is never", got)
 	}
+	same(t, "asked to leave", b.place("moves-1", "n2").GetIds(), "moves-1")
+	same(t, "asked twice", b.place("moves-1", "n2").GetIds())
+	b.is("moves-1", "RUNNING n1 1")
+	b.tells()
+	b.report("moves-1", state("STOPPED"), 1)
+	b.is("moves-1", "PENDING n1 1")
+	b.tells("INSTANCE_STOPPED moves-1")
 	b.place("moves-1", "n2")
 	b.is("moves-1", "ASSIGNED n2 2")
 	b.tells("INSTANCE_MOVED moves-1: from n1")

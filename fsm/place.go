@@ -1,12 +1,18 @@
 package fsm
 
-import pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
+import (
+	"github.com/wasmatrix/wasmatrix/internal/plant"
+	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
+)
 
 // place carries out the scheduler's decisions. Each stands alone and is void
 // when what the scheduler saw has changed since; the answer names those that
 // had an effect.
 func (t *tx) place(c *pb.PlaceCommand) []string {
 	var done []string
+	if plant.On(plant.MapOrder) {
+		c.Decisions = plant.Unordered(c.GetDecisions())
+	}
 	for _, d := range c.GetDecisions() {
 		switch instance, provider := d.GetInstanceId(), d.GetProviderId(); {
 		case instance != "" && provider == "" && t.placeInstance(d):
@@ -24,9 +30,11 @@ func (t *tx) target(d *pb.PlaceDecision) (*pb.Node, bool) {
 	return node, ok && Schedulable(node) && node.GetEpoch() == d.GetNodeEpoch()
 }
 
-// placeInstance places an instance that has no node, or moves one off a node
-// that drains. Nothing else is ever moved, so a decision that comes late cannot
-// run a finished command again.
+// placeInstance places an instance that has no node, or asks one to leave a node
+// that drains: that another node has room for it lets it leave, and it is placed
+// there, in the next generation, once its agent has reported the end of this one.
+// Nothing else is ever moved, so a decision that comes late cannot run a finished
+// command again.
 func (t *tx) placeInstance(d *pb.PlaceDecision) bool {
 	in, ok := t.instance(d.GetInstanceId())
 	if !ok || in.GetPlacement().GetGeneration() != d.GetSeenGeneration() {
@@ -46,6 +54,9 @@ func (t *tx) placeInstance(d *pb.PlaceDecision) bool {
 	if !ok {
 		return false
 	}
+	if !unplaced && !plant.On(plant.GenerationWithoutStop) {
+		return t.leave(in)
+	}
 	placed := t.assign(in, node)
 	t.putInstance(in, placed)
 	if from := in.GetPlacement().GetNodeId(); from != "" && from != node.GetId() {
@@ -53,6 +64,17 @@ func (t *tx) placeInstance(d *pb.PlaceDecision) bool {
 	} else {
 		t.instanceEvent(pb.EventKind_EVENT_KIND_INSTANCE_PLACED, placed, "")
 	}
+	return true
+}
+
+// leave asks an instance to leave its node.
+func (t *tx) leave(in *pb.Instance) bool {
+	if in.GetLeaving() {
+		return false
+	}
+	asked := shallow(in)
+	asked.Leaving = true
+	t.putInstance(in, asked)
 	return true
 }
 

@@ -3,14 +3,18 @@ package fsm_test
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
+	"hash/crc32"
 	"io"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/hashicorp/raft"
 	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/wasmatrix/wasmatrix/fsm"
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
@@ -23,6 +27,33 @@ func entry(t testing.TB, index uint64, cmd *pb.Command) *raft.Log {
 		t.Fatal(err)
 	}
 	return &raft.Log{Index: index, Type: raft.LogCommand, Data: data}
+}
+
+// sealed puts bytes into the envelope of a command.
+func sealed(message []byte) []byte {
+	sum := crc32.Checksum(message, crc32.MakeTable(crc32.Castagnoli))
+	return append(binary.BigEndian.AppendUint32([]byte{1}, sum), message...)
+}
+
+// TestNoBitOfACommandFlipsSilently: damage anywhere between the proposer and
+// Apply is noticed, whichever bit it is.
+func TestNoBitOfACommandFlipsSilently(t *testing.T) {
+	data := register(t, 1, "n1").Data
+	if err := fsm.VerifyCommand(data); err != nil {
+		t.Fatal(err)
+	}
+	for i := range len(data) * 8 {
+		damaged := slices.Clone(data)
+		damaged[i/8] ^= 1 << (i % 8)
+		if err := fsm.VerifyCommand(damaged); !errors.Is(err, fsm.ErrDamagedCommand) {
+			t.Fatalf("bit %d: got %v", i, err)
+		}
+	}
+	for i := range data {
+		if err := fsm.VerifyCommand(data[:i]); !errors.Is(err, fsm.ErrDamagedCommand) {
+			t.Fatalf("cut off at %d: got %v", i, err)
+		}
+	}
 }
 
 func register(t testing.TB, index uint64, node string) *raft.Log {
@@ -101,13 +132,30 @@ func TestABatchIsSeenAsAWhole(t *testing.T) {
 }
 
 func TestAnEntryThatCannotBeAppliedStopsThePeer(t *testing.T) {
-	unknown := protowire.AppendBytes(protowire.AppendTag(nil, 99, protowire.BytesType), []byte("from the future"))
+	unknown := sealed(protowire.AppendBytes(protowire.AppendTag(nil, 99, protowire.BytesType), []byte("from the future")))
+	flipped := register(t, 3, "n3").Data
+	flipped[len(flipped)-1] ^= 1
+	bare, err := proto.Marshal(command(&pb.RegisterNodeCommand{Info: nodeInfo("n3")}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	expects, err := fsm.EncodeCommand(&pb.Command{
+		Preconditions: []*pb.Precondition{{ModifiedIndex: 1}}, Payload: command(&pb.RegisterNodeCommand{Info: nodeInfo("n3")}).Payload,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
 	for name, c := range map[string]struct {
 		entry *raft.Log
 		want  error
 	}{
 		"damaged":             {&raft.Log{Index: 3, Type: raft.LogCommand, Data: []byte{0xff, 0xff}}, fsm.ErrDamagedCommand},
-		"empty":               {&raft.Log{Index: 3, Type: raft.LogCommand}, fsm.ErrUnknownCommand},
+		"no envelope":         {&raft.Log{Index: 3, Type: raft.LogCommand, Data: bare}, fsm.ErrDamagedCommand},
+		"a flipped bit":       {&raft.Log{Index: 3, Type: raft.LogCommand, Data: flipped}, fsm.ErrDamagedCommand},
+		"sealed nonsense":     {&raft.Log{Index: 3, Type: raft.LogCommand, Data: sealed([]byte{0xff, 0xff})}, fsm.ErrDamagedCommand},
+		"a new precondition":  {&raft.Log{Index: 3, Type: raft.LogCommand, Data: expects}, fsm.ErrUnknownCommand},
+		"empty":               {&raft.Log{Index: 3, Type: raft.LogCommand}, fsm.ErrDamagedCommand},
+		"without payload":     {&raft.Log{Index: 3, Type: raft.LogCommand, Data: sealed(nil)}, fsm.ErrUnknownCommand},
 		"of a newer version":  {&raft.Log{Index: 3, Type: raft.LogCommand, Data: unknown}, fsm.ErrUnknownCommand},
 		"applied before":      {register(t, 2, "n3"), fsm.ErrStopped},
 		"long applied before": {register(t, 1, "n3"), fsm.ErrStopped},

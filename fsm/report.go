@@ -28,7 +28,7 @@ func (t *tx) reportStatus(c *pb.ReportStatusRequest) ([]string, *refusal) {
 	}
 	var done []string
 	for _, r := range c.GetInstances() {
-		if t.reportInstance(node, r.GetInstanceId(), r.GetStatus()) {
+		if t.reportInstance(node, r) {
 			done = append(done, r.GetInstanceId())
 		}
 	}
@@ -48,8 +48,9 @@ func held(node *pb.Node, p *pb.Placement, generation uint64) bool {
 		p.GetGeneration() == generation
 }
 
-func (t *tx) reportInstance(node *pb.Node, id string, report *pb.InstanceStatus) bool {
-	in, ok := t.instance(id)
+func (t *tx) reportInstance(node *pb.Node, r *pb.InstanceReport) bool {
+	report := r.GetStatus()
+	in, ok := t.instance(r.GetInstanceId())
 	if !ok || !held(node, in.GetPlacement(), report.GetGeneration()) {
 		return false
 	}
@@ -57,15 +58,40 @@ func (t *tx) reportInstance(node *pb.Node, id string, report *pb.InstanceStatus)
 	if !reportable(report.GetState()) || !supersedes(report, known) {
 		return false
 	}
+	if Final(report.GetState()) && r.GetRestartEpoch() < in.GetRestartEpoch() {
+		// The agent has yet to see that a new start was asked for. Were this taken for
+		// the end, the instance could be placed elsewhere while the agent starts it.
+		return false
+	}
 	next := observed(known, report)
-	if sameStatus(known, next) {
+	left := in.GetLeaving() && in.GetDesiredRunning() && r.GetLeft() &&
+		next.GetState() == pb.InstanceState_INSTANCE_STATE_STOPPED
+	if !left && sameStatus(known, next) {
 		return false
 	}
 	out := shallow(in)
 	out.Status = next
-	t.putInstance(in, out)
+	if left {
+		t.unplace(in, out)
+	} else {
+		out.Leaving = in.GetLeaving() && !Ended(out)
+		t.putInstance(in, out)
+	}
 	t.reportEvents(out, known)
 	return true
+}
+
+// unplace makes an instance that has left its node wait for its next placement.
+// The node stays known as where it comes from; the epoch does not, so that no
+// late report of the generation that has ended counts any more.
+func (t *tx) unplace(old, out *pb.Instance) {
+	pending := shallow(out)
+	pending.Leaving = false
+	pending.Placement = &pb.Placement{
+		NodeId: out.GetPlacement().GetNodeId(), Generation: out.GetPlacement().GetGeneration(),
+	}
+	pending.Status = pendingAgain(out.GetStatus())
+	t.putInstance(old, pending)
 }
 
 // observed is the status after a report. Usage is never stored; what counts or
@@ -78,6 +104,7 @@ func observed(known, report *pb.InstanceStatus) *pb.InstanceStatus {
 		Reason:      report.GetReason(),
 		Message:     line(report.GetMessage()),
 		ExitCode:    report.GetExitCode(),
+		Retries:     report.GetRetries(),
 		CrashCount:  max(known.GetCrashCount(), report.GetCrashCount()),
 		NextRetryAt: pick(report.GetNextRetryAt(), nil),
 		StartedAt:   pick(report.GetStartedAt(), known.GetStartedAt()),
@@ -98,7 +125,7 @@ func sameStatus(a, b *pb.InstanceStatus) bool {
 	return a.GetState() == b.GetState() && a.GetGeneration() == b.GetGeneration() &&
 		a.GetAttempt() == b.GetAttempt() && a.GetReason() == b.GetReason() &&
 		a.GetMessage() == b.GetMessage() && a.GetExitCode() == b.GetExitCode() &&
-		a.GetCrashCount() == b.GetCrashCount() && sameTime(a.GetNextRetryAt(), b.GetNextRetryAt()) &&
+		a.GetCrashCount() == b.GetCrashCount() && a.GetRetries() == b.GetRetries() && sameTime(a.GetNextRetryAt(), b.GetNextRetryAt()) &&
 		sameTime(a.GetStartedAt(), b.GetStartedAt()) && sameTime(a.GetFinishedAt(), b.GetFinishedAt())
 }
 

@@ -98,7 +98,7 @@ func TestAReportOfAnotherGenerationOrNodeIsSkipped(t *testing.T) {
 	b.node("n2")
 	b.running("w", "", "n1")
 	b.do(&pb.DrainNodeCommand{NodeId: "n1", Draining: true})
-	b.place("w-1", "n2")
+	b.move("w-1", "n2")
 	for name, r := range map[string]*pb.ReportStatusRequest{
 		"the node it left":      {NodeId: "n1", Epoch: 1, Instances: []*pb.InstanceReport{{InstanceId: "w-1", Status: &pb.InstanceStatus{State: state("FAILED"), Generation: 1, Attempt: 7}}}},
 		"its present number":    {NodeId: "n1", Epoch: 1, Instances: []*pb.InstanceReport{{InstanceId: "w-1", Status: &pb.InstanceStatus{State: state("FAILED"), Generation: 2, Attempt: 7}}}},

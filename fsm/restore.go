@@ -28,8 +28,8 @@ var (
 // state stays as it was. Everyone who waits for a change is woken.
 func (s *State) Restore(r io.Reader) error {
 	b := s.begin()
-	for _, table := range append(snapshotTables(), tableLoads) {
-		_, err := b.txn.DeleteAll(table, indexID)
+	for _, table := range append(snapshotParts(), snapshotPart{table: tableLoads}) {
+		_, err := b.txn.DeleteAll(table.table, indexID)
 		must(err)
 	}
 	in := restorer{txn: b.txn}
@@ -38,15 +38,13 @@ func (s *State) Restore(r io.Reader) error {
 		b.abort()
 		return fmt.Errorf("restoring a snapshot: %w", err)
 	}
-	b.sum = summary{
-		index:      header.GetIndex(),
-		time:       header.GetTime(),
-		hash:       digest(header.GetStateHash()),
-		lastEvent:  header.GetEventSequence(),
-		eventCount: in.events,
-		dedupCount: in.answers,
-	}
-	b.publish(true)
+	in.sum.index = header.GetIndex()
+	in.sum.time = header.GetTime()
+	in.sum.hash = digest(header.GetStateHash())
+	in.sum.clusterID = header.GetClusterId()
+	in.sum.lastEvent = header.GetEventSequence()
+	b.sum = in.sum
+	b.replace()
 	return nil
 }
 
@@ -64,8 +62,7 @@ func InspectSnapshot(r io.Reader) (*pb.SnapshotHeader, error) {
 // restorer puts records into tables.
 type restorer struct {
 	txn      *memdb.Txn
-	events   uint64
-	answers  int
+	sum      summary
 	previous *pb.Instance
 }
 
@@ -87,10 +84,13 @@ func (in *restorer) put(rec *pb.SnapshotRecord) {
 		must(in.txn.Insert(tableAssignments, r.Assignment))
 	case *pb.SnapshotRecord_Event:
 		must(in.txn.Insert(tableEvents, r.Event))
-		in.events++
+		in.sum.eventCount++
 	case *pb.SnapshotRecord_Dedup:
 		must(in.txn.Insert(tableDedup, r.Dedup))
-		in.answers++
+		in.sum.countAnswer(r.Dedup, 1)
+	case *pb.SnapshotRecord_Session:
+		must(in.txn.Insert(tableSessions, r.Session))
+		in.sum.sessionCount++
 	}
 }
 
@@ -116,7 +116,7 @@ func readSnapshot(r io.Reader, put func(*pb.SnapshotRecord)) (*pb.SnapshotHeader
 	if err := checkHeader(header); err != nil {
 		return nil, err
 	}
-	order := sequence{}
+	order := sequence{sessions: map[string]bool{}}
 	for {
 		before := src.crc
 		rec, err := src.read()
@@ -140,8 +140,8 @@ func checkHeader(h *pb.SnapshotHeader) error {
 	switch {
 	case h == nil:
 		return fmt.Errorf("%w: it does not begin with a header", ErrBadSnapshot)
-	case h.GetFormat() != snapshotFormat:
-		return fmt.Errorf("%w: format %d, not %d", ErrSnapshotFormat, h.GetFormat(), snapshotFormat)
+	case h.GetFormat() < oldestFormat || h.GetFormat() > snapshotFormat:
+		return fmt.Errorf("%w: format %d, not %d to %d", ErrSnapshotFormat, h.GetFormat(), oldestFormat, snapshotFormat)
 	case len(h.GetStateHash()) != len(digest{}):
 		return fmt.Errorf("%w: its state hash has %d bytes", ErrBadSnapshot, len(h.GetStateHash()))
 	case h.GetTime() != nil && !h.GetTime().IsValid():
@@ -219,6 +219,8 @@ type sequence struct {
 	key    string
 	number uint64
 	event  uint64
+	// sessions are the ids of those seen; an answer that a session keeps needs it.
+	sessions map[string]bool
 }
 
 func (q *sequence) next(rec *pb.SnapshotRecord) error {
@@ -232,7 +234,13 @@ func (q *sequence) next(rec *pb.SnapshotRecord) error {
 		return fmt.Errorf("%w: its records are out of order", ErrBadSnapshot)
 	}
 	q.place, q.key, q.number = place, key, number
-	if rec.GetEvent() == nil {
+	switch {
+	case rec.GetSession() != nil:
+		q.sessions[key] = true
+		return nil
+	case rec.GetDedup().GetSessionId() != "" && !q.sessions[rec.GetDedup().GetSessionId()]:
+		return fmt.Errorf("%w: an answer is of a session that is not in it", ErrBadSnapshot)
+	case rec.GetEvent() == nil:
 		return nil
 	}
 	if q.event != 0 && number != q.event+1 {
@@ -250,7 +258,7 @@ func (q *sequence) end(lastEvent uint64) error {
 }
 
 // keyOf returns the place of a record's table in a snapshot and its key there,
-// which is a string or, for events and answers, a number.
+// which is a string or, for events and answers by age, a number.
 func keyOf(rec *pb.SnapshotRecord) (place int, key string, number uint64) {
 	switch r := rec.GetRecord().(type) {
 	case *pb.SnapshotRecord_Node:
@@ -271,10 +279,16 @@ func keyOf(rec *pb.SnapshotRecord) (place int, key string, number uint64) {
 	case *pb.SnapshotRecord_Event:
 		return 7, "", r.Event.GetSequence()
 	case *pb.SnapshotRecord_Dedup:
-		if r.Dedup.GetRequestId() == "" {
+		switch {
+		case r.Dedup.GetRequestId() == "" || r.Dedup.GetResult().GetIndex() == 0:
 			return 8, "", 0
+		case r.Dedup.GetSessionId() == "":
+			return 8, "", r.Dedup.GetResult().GetIndex()
+		default:
+			return 10, answerKey(r.Dedup.GetSessionId(), r.Dedup.GetSequence()), 0
 		}
-		return 8, "", r.Dedup.GetResult().GetIndex()
+	case *pb.SnapshotRecord_Session:
+		return 9, r.Session.GetId(), 0
 	default:
 		return 0, "", 0
 	}

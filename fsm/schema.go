@@ -18,6 +18,7 @@ const (
 	tableAssignments = "assignments"
 	tableEvents      = "events"
 	tableDedup       = "dedup"
+	tableSessions    = "sessions"
 	tableLoads       = "loads"
 )
 
@@ -29,6 +30,8 @@ const (
 	indexUnplaced = "unplaced"
 	indexProvider = "provider"
 	indexOrder    = "order"
+	indexSession  = "session"
+	indexExpiry   = "expiry"
 )
 
 // terminator ends a string in an index key, so that "a" is no prefix of "ab".
@@ -86,16 +89,18 @@ func (x textIndex[T]) PrefixFromArgs(args ...any) ([]byte, error) {
 	return []byte(prefix), nil
 }
 
-// numberIndex indexes records of type T by a number, in numeric order.
+// numberIndex indexes records of type T by a number, in numeric order; a record
+// for which skip, which may be nil, reports true is left out.
 type numberIndex[T any] struct {
 	value func(T) uint64
+	skip  func(T) bool
 }
 
 // FromObject implements memdb.SingleIndexer.
 func (x numberIndex[T]) FromObject(raw any) (bool, []byte, error) {
 	rec, ok := raw.(T)
-	if !ok {
-		return false, nil, fmt.Errorf("a %T is in the table of another type", raw)
+	if !ok || x.skip != nil && x.skip(rec) {
+		return false, nil, wrongType(ok, raw)
 	}
 	return true, binary.BigEndian.AppendUint64(nil, x.value(rec)), nil
 }
@@ -112,8 +117,22 @@ func (x numberIndex[T]) FromArgs(args ...any) ([]byte, error) {
 	return binary.BigEndian.AppendUint64(nil, n), nil
 }
 
-func unique(name string, indexer memdb.Indexer) *memdb.IndexSchema {
-	return &memdb.IndexSchema{Name: name, Unique: true, Indexer: indexer}
+// unique is the index by which every record of a table is found.
+func unique(indexer memdb.Indexer) *memdb.IndexSchema {
+	return &memdb.IndexSchema{Name: indexID, Unique: true, Indexer: indexer}
+}
+
+// uniqueSome is an index that leaves records out.
+func uniqueSome(name string, indexer memdb.Indexer) *memdb.IndexSchema {
+	return &memdb.IndexSchema{Name: name, Unique: true, AllowMissing: true, Indexer: indexer}
+}
+
+// wrongType is the error of an indexer that was given a record of another type.
+func wrongType(ok bool, raw any) error {
+	if ok {
+		return nil
+	}
+	return fmt.Errorf("a %T is in the table of another type", raw)
 }
 
 // some is an index that leaves records out and holds several under one key.
@@ -142,12 +161,12 @@ func assignmentKey(instanceID, providerID string) string {
 
 func schema() *memdb.DBSchema {
 	tables := []*memdb.TableSchema{
-		tableOf(tableNodes, unique(indexID, byText((*pb.Node).GetId))),
-		tableOf(tablePeers, unique(indexID, byText((*pb.Peer).GetId))),
-		tableOf(tableModules, unique(indexID, byText((*pb.Module).GetDigest))),
+		tableOf(tableNodes, unique(byText((*pb.Node).GetId))),
+		tableOf(tablePeers, unique(byText((*pb.Peer).GetId))),
+		tableOf(tableModules, unique(byText((*pb.Module).GetDigest))),
 		tableOf(
 			tableInstances,
-			unique(indexID, byText((*pb.Instance).GetId)),
+			unique(byText((*pb.Instance).GetId)),
 			some(indexName, byText((*pb.Instance).GetName)),
 			some(indexNode, textIndex[*pb.Instance]{value: func(in *pb.Instance) (string, bool) {
 				return in.GetPlacement().GetNodeId(), Placed(in)
@@ -158,7 +177,7 @@ func schema() *memdb.DBSchema {
 		),
 		tableOf(
 			tableProviders,
-			unique(indexID, byText((*pb.Provider).GetId)),
+			unique(byText((*pb.Provider).GetId)),
 			some(indexNode, byText(func(p *pb.Provider) string { return p.GetPlacement().GetNodeId() })),
 			some(indexUnplaced, textIndex[*pb.Provider]{value: func(p *pb.Provider) (string, bool) {
 				return p.GetId(), ProviderUnplaced(p)
@@ -166,20 +185,30 @@ func schema() *memdb.DBSchema {
 		),
 		tableOf(
 			tableAssignments,
-			unique(indexID, byText(func(a *pb.CapabilityAssignment) string {
+			unique(byText(func(a *pb.CapabilityAssignment) string {
 				return assignmentKey(a.GetInstanceId(), a.GetProviderId())
 			})),
 			some(indexProvider, byText((*pb.CapabilityAssignment).GetProviderId)),
 		),
-		tableOf(tableEvents, unique(indexID, numberIndex[*pb.Event]{value: (*pb.Event).GetSequence})),
+		tableOf(tableEvents, unique(numberIndex[*pb.Event]{value: (*pb.Event).GetSequence})),
 		tableOf(
 			tableDedup,
-			unique(indexID, byText((*pb.DedupRecord).GetRequestId)),
-			unique(indexOrder, numberIndex[*pb.DedupRecord]{value: func(d *pb.DedupRecord) uint64 {
-				return d.GetResult().GetIndex()
-			}}),
+			unique(byText((*pb.DedupRecord).GetRequestId)),
+			uniqueSome(indexOrder, numberIndex[*pb.DedupRecord]{
+				value: func(d *pb.DedupRecord) uint64 { return d.GetResult().GetIndex() },
+				skip:  func(d *pb.DedupRecord) bool { return d.GetSessionId() != "" },
+			}),
+			uniqueSome(indexSession, sessionIndex{}),
 		),
-		tableOf(tableLoads, unique(indexID, byText(func(l *load) string { return l.node }))),
+		tableOf(
+			tableSessions,
+			unique(byText((*pb.ClientSession).GetId)),
+			some(indexOrder, numberIndex[*pb.ClientSession]{value: func(s *pb.ClientSession) uint64 {
+				return nanos(s.GetActiveAt())
+			}}),
+			some(indexExpiry, numberIndex[*pb.ClientSession]{value: expiryOf}),
+		),
+		tableOf(tableLoads, unique(byText(func(l *load) string { return l.node }))),
 	}
 	s := &memdb.DBSchema{Tables: map[string]*memdb.TableSchema{}}
 	for _, t := range tables {

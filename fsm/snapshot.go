@@ -10,12 +10,15 @@ import (
 
 	"google.golang.org/protobuf/proto"
 
+	"github.com/wasmatrix/wasmatrix/internal/plant"
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
 )
 
 const (
-	// snapshotFormat is the version of the format that is written and read.
-	snapshotFormat = 1
+	// snapshotFormat is the version of the format that is written; all from
+	// oldestFormat on are read.
+	snapshotFormat = 2
+	oldestFormat   = 1
 	// maxRecordBytes bounds one record of a snapshot. A record comes from one
 	// command of at most MaxCommandBytes.
 	maxRecordBytes = 2 * MaxCommandBytes
@@ -26,15 +29,15 @@ func castagnoli() *crc32.Table { return crc32.MakeTable(crc32.Castagnoli) }
 
 // WriteSnapshot writes the state that v shows to w: length-delimited
 // pb.SnapshotRecord messages, the header first, then nodes, peers, modules,
-// instances, providers, assignments, events and answers, each table in the order
-// of its keys, and the trailer last. Equal states give equal bytes. It holds one
+// instances, providers, assignments, events, answers by age, client sessions and
+// the answers they keep, each table in the order of its keys, and the trailer last. Equal states give equal bytes. It holds one
 // record at a time in memory; Apply goes on meanwhile. It neither flushes nor
 // closes w.
 func (s *State) WriteSnapshot(v View, w io.Writer) error {
 	out := &recordWriter{w: bufio.NewWriter(w), crc: crc32.New(castagnoli())}
 	out.write(&pb.SnapshotRecord{Record: &pb.SnapshotRecord_Header{Header: v.header()}})
-	for _, table := range snapshotTables() {
-		it, err := v.txn.Get(table, orderOf(table))
+	for _, part := range snapshotParts() {
+		it, err := v.txn.Get(part.table, part.order)
 		must(err)
 		for raw := it.Next(); raw != nil && out.err == nil; raw = it.Next() {
 			out.write(wrap(raw))
@@ -60,25 +63,32 @@ func (v View) header() *pb.SnapshotHeader {
 		StateHash:     v.sum.hash[:],
 		Time:          v.sum.time,
 		EventSequence: v.sum.lastEvent,
+		ClusterId:     v.sum.clusterID,
 	}
 }
 
-// snapshotTables lists the tables in the order of a snapshot, which is the order
-// of the fields of pb.SnapshotRecord.
-func snapshotTables() []string {
-	return []string{
-		tableNodes, tablePeers, tableModules, tableInstances,
-		tableProviders, tableAssignments, tableEvents, tableDedup,
-	}
+// snapshotPart is a table, or a part of one, in a snapshot.
+type snapshotPart struct {
+	table string
+	// order names the index that gives the records and their order.
+	order string
 }
 
-// orderOf names the index that orders a table in a snapshot. Answers go by age,
-// so that they are forgotten in the same order after a restore.
-func orderOf(table string) string {
-	if table == tableDedup {
-		return indexOrder
+// snapshotParts lists the parts of a snapshot in their order. Answers by age are
+// forgotten in the same order after a restore.
+func snapshotParts() []snapshotPart {
+	return []snapshotPart{
+		{tableNodes, indexID},
+		{tablePeers, indexID},
+		{tableModules, indexID},
+		{tableInstances, indexID},
+		{tableProviders, indexID},
+		{tableAssignments, indexID},
+		{tableEvents, indexID},
+		{tableDedup, indexOrder},
+		{tableSessions, indexID},
+		{tableDedup, indexSession},
 	}
-	return indexID
 }
 
 func wrap(rec any) *pb.SnapshotRecord {
@@ -92,11 +102,17 @@ func wrap(rec any) *pb.SnapshotRecord {
 	case *pb.Instance:
 		return &pb.SnapshotRecord{Record: &pb.SnapshotRecord_Instance{Instance: r}}
 	case *pb.Provider:
+		if plant.On(plant.LostSnapshotField) {
+			r = shallow(r)
+			r.SpecVersion = 0
+		}
 		return &pb.SnapshotRecord{Record: &pb.SnapshotRecord_Provider{Provider: r}}
 	case *pb.CapabilityAssignment:
 		return &pb.SnapshotRecord{Record: &pb.SnapshotRecord_Assignment{Assignment: r}}
 	case *pb.Event:
 		return &pb.SnapshotRecord{Record: &pb.SnapshotRecord_Event{Event: r}}
+	case *pb.ClientSession:
+		return &pb.SnapshotRecord{Record: &pb.SnapshotRecord_Session{Session: r}}
 	case *pb.DedupRecord:
 		return &pb.SnapshotRecord{Record: &pb.SnapshotRecord_Dedup{Dedup: r}}
 	default:

@@ -56,6 +56,9 @@ func furnished(t testing.TB) *bed {
 	b.send(request("r1", "d", create("u")))
 	b.send(request("r2", "d", create("u")))
 	b.expire("n2", 1)
+	b.do(&pb.InitClusterCommand{ClusterId: "c-1"})
+	b.session("s1")
+	b.send(numbered("s1", 1, 1, create("s")))
 	b.told, _ = b.s.View().EventBounds()
 	return b
 }
@@ -72,6 +75,8 @@ func TestARestoredStateIsTheSameState(t *testing.T) {
 	other.index = b.index
 	for _, bed := range []*bed{b, other} {
 		bed.send(request("r1", "d", create("u")))
+		bed.send(numbered("s1", 1, 1, create("s")))
+		bed.send(numbered("s1", 2, 2, create("r")))
 		bed.place("v-1", "n1")
 		bed.node("n2")
 		bed.report("w-1", state("COMPLETED"), 1)
@@ -124,7 +129,7 @@ func TestInspectingASnapshot(t *testing.T) {
 	b := furnished(t)
 	data := dump(t, b.s)
 	header, err := fsm.InspectSnapshot(bytes.NewReader(data))
-	if err != nil || header.GetIndex() != b.index || header.GetFormat() != 1 {
+	if err != nil || header.GetIndex() != b.index || header.GetFormat() != 2 {
 		t.Errorf("got %v, %v", header, err)
 	}
 	if _, err := fsm.InspectSnapshot(bytes.NewReader(data[:len(data)-1])); !errors.Is(err, fsm.ErrBadSnapshot) {
@@ -184,7 +189,7 @@ func TestASnapshotThatNoPeerWroteIsRefused(t *testing.T) {
 	}{
 		"none": {nil, func(r []*pb.SnapshotRecord) []*pb.SnapshotRecord { return r }},
 		"another format": {fsm.ErrSnapshotFormat, func(r []*pb.SnapshotRecord) []*pb.SnapshotRecord {
-			r[0].GetHeader().Format = 2
+			r[0].GetHeader().Format = 3
 			return r
 		}},
 		"no header": {fsm.ErrBadSnapshot, func(r []*pb.SnapshotRecord) []*pb.SnapshotRecord { return r[1:] }},
@@ -233,6 +238,15 @@ func TestASnapshotThatNoPeerWroteIsRefused(t *testing.T) {
 		"an answer without a result": {fsm.ErrBadSnapshot, func(r []*pb.SnapshotRecord) []*pb.SnapshotRecord {
 			r[len(r)-1].GetDedup().Result = nil
 			return r
+		}},
+		"an answer of no session": {fsm.ErrBadSnapshot, func(r []*pb.SnapshotRecord) []*pb.SnapshotRecord {
+			return slices.DeleteFunc(r, func(r *pb.SnapshotRecord) bool { return r.GetSession() != nil })
+		}},
+		"the first format": {nil, func(r []*pb.SnapshotRecord) []*pb.SnapshotRecord {
+			r[0].GetHeader().Format, r[0].GetHeader().ClusterId = 1, ""
+			return slices.DeleteFunc(r, func(r *pb.SnapshotRecord) bool {
+				return r.GetSession() != nil || r.GetDedup().GetSessionId() != ""
+			})
 		}},
 		"an empty record": {fsm.ErrBadSnapshot, func(r []*pb.SnapshotRecord) []*pb.SnapshotRecord {
 			return append(r, &pb.SnapshotRecord{})

@@ -1,7 +1,6 @@
 package fsm
 
 import (
-	"bytes"
 	"sync"
 
 	"github.com/hashicorp/go-memdb"
@@ -15,9 +14,12 @@ type summary struct {
 	index      uint64
 	time       *timestamppb.Timestamp
 	hash       digest
+	clusterID  string
 	lastEvent  uint64
 	eventCount uint64
-	dedupCount int
+	// The answers outside of sessions, and those that sessions keep.
+	dedupCount, sessionAnswers int
+	sessionCount               int
 }
 
 // State is the replicated state. Apply and Restore take turns with each other;
@@ -25,9 +27,12 @@ type summary struct {
 type State struct {
 	db    *memdb.MemDB
 	chain *chain
+	// fresh holds the marks of the batch at work.
+	fresh []mark
 
 	mu      sync.Mutex
 	sum     summary
+	trail   trail
 	waiters waiters
 }
 
@@ -35,7 +40,7 @@ type State struct {
 func New() *State {
 	db, err := memdb.NewMemDB(schema())
 	must(err)
-	return &State{db: db, chain: newChain(), waiters: newWaiters()}
+	return &State{db: db, chain: newChain(), trail: newTrail(), waiters: newWaiters()}
 }
 
 // Apply applies the command of one log entry and returns what it came to; a
@@ -81,6 +86,7 @@ type batch struct {
 // begin opens a batch and waits for the one before to end.
 func (s *State) begin() *batch {
 	txn := s.db.Txn(true)
+	s.fresh = s.fresh[:0]
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return &batch{s: s, txn: txn, sum: s.sum}
@@ -94,6 +100,7 @@ func (b *batch) apply(index uint64, cmd *pb.Command) *pb.CommandResult {
 	t := &tx{txn: b.txn, sum: &b.sum, chain: b.s.chain, cmd: cmd, index: index, now: b.sum.time}
 	res := t.run()
 	b.sum.hash = b.s.chain.end()
+	b.s.fresh = append(b.s.fresh, mark{index: index, hash: b.sum.hash})
 	return res
 }
 
@@ -105,12 +112,21 @@ func (b *batch) skip(index uint64) { b.sum.index = index }
 // summary change under one lock so that no View mixes two states.
 func (b *batch) commit() { b.publish(false) }
 
-func (b *batch) publish(everybody bool) {
+// replace makes a restored state visible and wakes everybody.
+func (b *batch) replace() { b.publish(true) }
+
+func (b *batch) publish(restored bool) {
 	b.s.mu.Lock()
 	defer b.s.mu.Unlock()
 	b.txn.Commit()
 	b.s.sum = b.sum
-	b.s.waiters.wake(b.sum.index, everybody)
+	if restored {
+		b.s.trail.clear()
+	}
+	for _, m := range b.s.fresh {
+		b.s.trail.add(m)
+	}
+	b.s.waiters.wake(b.sum.index, restored)
 }
 
 // abort ends the batch without a trace.
@@ -134,26 +150,4 @@ func before(a, b *timestamppb.Timestamp) bool {
 		return a.GetSeconds() < b.GetSeconds()
 	}
 	return a.GetNanos() < b.GetNanos()
-}
-
-// run answers a command: from memory when it is a repeated request, else by its
-// transition.
-func (t *tx) run() *pb.CommandResult {
-	t.forget()
-	id := t.cmd.GetRequestId()
-	if id == "" {
-		return t.transition()
-	}
-	if known, ok := first[*pb.DedupRecord](t.txn, tableDedup, indexID, id); ok {
-		if bytes.Equal(known.GetRequestDigest(), t.cmd.GetRequestDigest()) {
-			return clone(known.GetResult())
-		}
-		return t.result(nil, refuse(pb.ErrorCode_ERROR_CODE_CONFLICT,
-			"request id %q was used for another request", id).
-			with("request_id", id).
-			next("choose a new request id"))
-	}
-	res := t.transition()
-	t.remember(id, res)
-	return clone(res)
 }

@@ -88,7 +88,8 @@ func Unplaced(in *pb.Instance) bool {
 }
 
 // Leaving reports whether an instance is to be moved because its node, given as
-// node, drains. An instance with policy "never" stays until it ends.
+// node, drains, whether or not it was asked to leave already. An instance with
+// policy "never" stays until it ends.
 func Leaving(in *pb.Instance, node *pb.Node) bool {
 	return node.GetDraining() && Occupies(in) && in.GetDesiredRunning() &&
 		in.GetPlacement().GetNodeId() == node.GetId() && Policy(in.GetSpec()) != PolicyNever

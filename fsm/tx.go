@@ -105,6 +105,10 @@ func (t *tx) transition() *pb.CommandResult {
 		return t.result(t.updateProvider(p.UpdateProvider))
 	case *pb.Command_DeregisterProvider:
 		return t.result(t.deregisterProvider(p.DeregisterProvider))
+	case *pb.Command_OpenSession:
+		return t.result(t.openClientSession(p.OpenSession))
+	case *pb.Command_InitCluster:
+		return t.result(t.initCluster(p.InitCluster))
 	default:
 		return t.result(nil, refuse(pb.ErrorCode_ERROR_CODE_INVALID_REQUEST,
 			"the command has no payload that this version knows"))

@@ -221,3 +221,23 @@ func (v View) Resolve(target string) ([]*pb.Instance, *pb.Error) {
 		with("matches", matches).
 		next("give more of the id, or the workload's name").err
 }
+
+// Answered reports whether the answer to a request is remembered.
+func (v View) Answered(requestID string) bool {
+	if requestID == "" {
+		return false
+	}
+	_, ok := first[*pb.DedupRecord](v.txn, tableDedup, indexID, requestID)
+	return ok
+}
+
+// Session returns a client session.
+func (v View) Session(id string) (*pb.ClientSession, bool) {
+	return first[*pb.ClientSession](v.txn, tableSessions, indexID, id)
+}
+
+// SessionCounts returns how many client sessions there are and how many answers
+// they keep.
+func (v View) SessionCounts() (sessions, answers int) {
+	return v.sum.sessionCount, v.sum.sessionAnswers
+}

@@ -3,7 +3,9 @@ package provider
 import (
 	"strconv"
 	"strings"
+	"time"
 
+	"github.com/wasmatrix/wasmatrix/internal/plant"
 	"github.com/wasmatrix/wasmatrix/permission"
 )
 
@@ -16,6 +18,9 @@ type Caller struct {
 	Generation uint64
 	// NodeEpoch is that of its node, as the caller names it; 0 means not told.
 	NodeEpoch uint64
+	// NotAfter is the last moment, on this node's clock, at which the call may
+	// have its effect; 0 means no limit.
+	NotAfter time.Duration
 	// Node is the node that the call came from, as authenticated.
 	Node string
 	// User is the name of an authenticated user who may do everything; empty for
@@ -32,6 +37,8 @@ type Facts struct {
 	Instance *InstanceRecord
 	// Fence is the highest generation ever seen of it.
 	Fence uint64
+	// Turn counts the changes to instances up to this moment.
+	Turn uint64
 	// Provider is the provider that is called.
 	Provider *ProviderRecord
 	// Assignment lets the one use the other.
@@ -89,12 +96,12 @@ func Decide(f *Facts, c *Caller, provider string, need permission.Need) (Grant, 
 func checkInstance(f *Facts, c *Caller) error {
 	rec := f.Instance
 	switch {
+	case rec != nil && (plant.On(plant.ServesAnyGeneration) || plant.On(plant.FencingOffByOne) && c.Generation+1 == f.Fence):
+		return nil
 	case c.Instance == "" || c.Node == "":
 		return Errorf(ErrDenied, "the call names neither an instance nor a user")
 	case c.Generation < f.Fence:
-		return Errorf(ErrDenied, "generation %d of instance %s was superseded by generation %d", c.Generation, c.Instance, f.Fence).
-			With("instance", c.Instance).With("generation", strconv.FormatUint(c.Generation, 10)).
-			With("current_generation", strconv.FormatUint(f.Fence, 10))
+		return Superseded(c.Instance, Mark{Generation: c.Generation}, Mark{Generation: f.Fence})
 	case rec == nil || rec.ID != c.Instance:
 		return Errorf(ErrInstanceNotFound, "instance %s is not known here", c.Instance).
 			With("instance", c.Instance).NextStep("wasmatrix instance get %s", c.Instance).mayHeal()

@@ -4,6 +4,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 
 	"github.com/wasmatrix/wasmatrix/permission"
 )
@@ -28,14 +29,17 @@ type Directory struct {
 	providers   map[string]*ProviderRecord
 	assignments map[string][]*Assignment // by instance, in the order of the providers' ids
 	nodes       map[string]string
-	fences      map[string]uint64 // of instances that are not known any more
-	oldFences   map[string]uint64 // the same; dropped when fences is full
-	changed     chan struct{}     // closed at the next change; nil while nobody waits
+	fences      map[string]Mark // of instances that are not known any more
+	oldFences   map[string]Mark // the same; dropped when fences is full
+	changed     chan struct{}   // closed at the next change; nil while nobody waits
+
+	// turns counts the changes to instances. It is written under mu.
+	turns atomic.Uint64
 }
 
 // NewDirectory returns an empty directory of the node self.
 func NewDirectory(self string) *Directory {
-	d := &Directory{self: self, fences: map[string]uint64{}}
+	d := &Directory{self: self, fences: map[string]Mark{}}
 	d.clear()
 	return d
 }
@@ -79,11 +83,12 @@ func (d *Directory) Replace(r Records) (stale []string) {
 	d.change(func() {
 		before := d.instances
 		for _, rec := range r.Instances {
-			if rec.Generation < d.fence(rec.ID) {
+			if rec.mark().Before(d.fence(rec.ID)) {
 				stale = append(stale, rec.ID)
 			}
 		}
 		d.clear()
+		d.turns.Add(1)
 		for _, id := range stale {
 			if known, ok := before[id]; ok {
 				d.instances[id] = known
@@ -118,8 +123,11 @@ func (d *Directory) PutInstance(rec InstanceRecord) (accepted bool) {
 }
 
 func (d *Directory) putInstance(rec InstanceRecord) bool {
-	if rec.Generation < d.fence(rec.ID) {
+	if rec.mark().Before(d.fence(rec.ID)) {
 		return false
+	}
+	if had, ok := d.instances[rec.ID]; !ok || *had != rec {
+		d.turns.Add(1)
 	}
 	d.instances[rec.ID] = &rec
 	return true
@@ -141,6 +149,7 @@ func (d *Directory) removeInstance(id string, local bool) {
 	d.change(func() {
 		if rec, ok := d.instances[id]; ok && (rec.Node == d.self) == local {
 			delete(d.instances, id)
+			d.turns.Add(1)
 			d.retire(rec)
 		}
 	})
@@ -149,18 +158,21 @@ func (d *Directory) removeInstance(id string, local bool) {
 // retire keeps the fence of an instance that is not known any more.
 func (d *Directory) retire(rec *InstanceRecord) {
 	if len(d.fences) >= maxFences {
-		d.oldFences, d.fences = d.fences, make(map[string]uint64, maxFences)
+		d.oldFences, d.fences = d.fences, make(map[string]Mark, maxFences)
 	}
-	d.fences[rec.ID] = rec.Generation
+	d.fences[rec.ID] = rec.mark()
 }
 
-// fence returns the highest generation ever seen of an instance, 0 for none. No
-// known record is below it, so a known record's generation is it.
-func (d *Directory) fence(id string) uint64 {
+// fence returns the newest placement ever seen of an instance. No known record
+// is before it, so a known record's is it.
+func (d *Directory) fence(id string) Mark {
 	if rec, ok := d.instances[id]; ok {
-		return rec.Generation
+		return rec.mark()
 	}
-	return max(d.fences[id], d.oldFences[id])
+	if m, ok := d.fences[id]; ok && !m.Before(d.oldFences[id]) {
+		return m
+	}
+	return d.oldFences[id]
 }
 
 // PutProvider adds or replaces a provider.
@@ -267,7 +279,7 @@ func (d *Directory) NodeAddress(id string) (string, bool) {
 func (d *Directory) Facts(instance, capability, provider string) Facts {
 	d.mu.RLock()
 	defer d.mu.RUnlock()
-	f := Facts{Fence: d.fence(instance), Instance: d.instances[instance]}
+	f := Facts{Fence: d.fence(instance).Generation, Instance: d.instances[instance], Turn: d.turns.Load()}
 	list := d.assignments[instance]
 	if provider == "" {
 		for _, a := range list {

@@ -174,6 +174,10 @@ func (h *Host) Invoke(ctx context.Context, id, capability string, call Call) ([]
 		return nil, Errorf(ErrInvalid, "provider %s is of type %s and does not serve %s", id, p.kind, capability).
 			With("provider", id).With("type", p.kind)
 	}
+	// A provider asks again where its effect happens; this is for one that cannot.
+	if err := call.Admit(); err != nil {
+		return nil, err
+	}
 	return p.provider.Invoke(ctx, call)
 }
 

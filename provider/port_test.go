@@ -43,6 +43,12 @@ func TestPortCallsARemoteProvider(t *testing.T) {
 		{Provider: "there", Capability: "kv", Operation: "get", Payload: []byte("there|x"), Node: "n2", Instance: "i", Generation: 3, NodeEpoch: 5, Repeatable: true},
 		{Provider: "there", Capability: "kv", Operation: "set", Payload: []byte("there|x"), Node: "n2", Instance: "i", Generation: 3, NodeEpoch: 5},
 	}
+	for i, c := range n.remote.calls {
+		if limit := c.NotAfter - n.router.Now(); limit <= 0 || limit > provider.DefaultCallTime {
+			t.Errorf("%s may have its effect for another %s", c.Operation, limit)
+		}
+		n.remote.calls[i].NotAfter = 0
+	}
 	if !reflect.DeepEqual(n.remote.calls, want) || n.remote.address != "10.0.0.2:7400" {
 		t.Errorf("remote calls to %s: %+v", n.remote.address, n.remote.calls)
 	}

@@ -14,15 +14,25 @@ type Call struct {
 	Name string
 	// Generation is that of the instance's placement; 0 for a user's call.
 	Generation uint64
+	// Created is the Raft index at which the instance was accepted; 0 when not known.
+	Created uint64
 	// Bucket is the key-value bucket to work on, from the assignment.
 	Bucket string
 	// Operation is the imported function's name: "get".
 	Operation string
 	// Payload is the encoded request message; valid only during the call.
 	Payload []byte
+
+	admission admission
 }
 
 // Provider serves the calls of one capability. It is safe for concurrent use.
+//
+// Of any instance at most one generation may have effects, and never an older one
+// after a newer one. So a provider asks Call.Admit where the effect happens, keeps
+// the newest Call.Mark of each instance that it let through, and refuses older
+// ones with Superseded, all in one critical section or transaction. One that
+// keeps its data on disk keeps the marks there too.
 type Provider interface {
 	// Invoke serves one call and returns the encoded response message, which
 	// belongs to the caller. Its errors wrap the sentinels of this package.

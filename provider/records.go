@@ -12,7 +12,11 @@ type InstanceRecord struct {
 	NodeEpoch uint64
 	// Generation counts the instance's placements, from 1.
 	Generation uint64
+	// Created is the Raft index at which the instance was accepted; 0 means not known.
+	Created uint64
 }
+
+func (r *InstanceRecord) mark() Mark { return Mark{Created: r.Created, Generation: r.Generation} }
 
 // ProviderRecord is where a provider runs.
 type ProviderRecord struct { //nolint:revive // named like InstanceRecord and NodeRecord

@@ -16,6 +16,15 @@ import (
 // before it refuses a call that they might allow.
 const DefaultSettleWithin = 500 * time.Millisecond
 
+// DefaultCallTime bounds a call to another node whose context has no deadline.
+const DefaultCallTime = 30 * time.Second
+
+// The detail of an error whose call may have been carried out all the same.
+const (
+	DetailOutcome  = "outcome"
+	OutcomeUnknown = "unknown"
+)
+
 // maxSettling bounds the calls that wait for records at the same time; others
 // are refused at once, so that forged calls cannot pile up.
 const maxSettling = 256
@@ -32,6 +41,9 @@ type RemoteCall struct {
 	Generation, NodeEpoch uint64
 	// Repeatable is true when the operation may be carried out twice.
 	Repeatable bool
+	// NotAfter is the last moment, on this node's clock, at which the call may
+	// have its effect there; a call that is held up longer is refused.
+	NotAfter time.Duration
 }
 
 // Remote calls providers of other nodes.
@@ -55,6 +67,8 @@ type RouterConfig struct {
 	Remote Remote
 	// Registerer takes the metrics; nil for none.
 	Registerer prometheus.Registerer
+	// Clock is what calls are limited with; nil means the process's monotonic one.
+	Clock Clock
 	// SettleWithin bounds how long the serving side waits for records under way;
 	// 0 means DefaultSettleWithin, negative not at all.
 	SettleWithin time.Duration
@@ -67,6 +81,7 @@ type Router struct {
 	kinds     map[string]Kind
 	remote    Remote
 	metrics   *metrics
+	clock     Clock
 	settle    time.Duration
 	settling  chan struct{} // one token for each call that may wait
 }
@@ -83,8 +98,12 @@ func NewRouter(cfg RouterConfig) (*Router, error) {
 		kinds:     byType(cfg.Kinds),
 		remote:    cfg.Remote,
 		metrics:   m,
+		clock:     cfg.Clock,
 		settle:    cfg.SettleWithin,
 		settling:  make(chan struct{}, maxSettling),
+	}
+	if r.clock == nil {
+		r.clock = monotonic()
 	}
 	if r.settle == 0 {
 		r.settle = DefaultSettleWithin
@@ -98,14 +117,6 @@ func (r *Router) Port(instance string, generation, nodeEpoch uint64) *Port {
 	return &Port{router: r, caller: Caller{
 		Instance: instance, Generation: generation, NodeEpoch: nodeEpoch, Node: r.directory.Self(),
 	}}
-}
-
-// Port is one instance's way to its providers. It is safe for concurrent use
-// and needs no closing: when the instance is gone from the directory or has a
-// newer generation, its calls are refused.
-type Port struct {
-	router *Router
-	caller Caller
 }
 
 // Call makes one capability call: capability is "kv", operation the imported
@@ -139,6 +150,9 @@ func (p *Port) call(ctx context.Context, capability, operation string, payload [
 	if ctx.Err() != nil {
 		return nil, FromContext(ctx)
 	}
+	if p.ended.Load() {
+		return nil, p.alive()
+	}
 	f := r.directory.Facts(p.caller.Instance, capability, target)
 	if target == "" && f.Candidates != 1 {
 		return nil, r.refuseChoice(&f, &p.caller, need)
@@ -152,20 +166,25 @@ func (p *Port) call(ctx context.Context, capability, operation string, payload [
 	}
 	if f.Provider.Node == p.caller.Node {
 		return r.host.Invoke(ctx, target, capability, Call{
-			Instance: p.caller.Instance, Name: grant.Name, Generation: p.caller.Generation,
+			Instance: p.caller.Instance, Name: grant.Name, Generation: p.caller.Generation, Created: f.Instance.Created,
 			Bucket: grant.Bucket, Operation: operation, Payload: payload,
+			admission: admission{router: r, seen: f.Turn, node: p.caller.Node, port: p},
 		})
 	}
 	if err := reachable(&f); err != nil {
 		return nil, err
 	}
 	repeatable, _ := kind.(Repeatable)
-	return r.remote.Invoke(ctx, f.Address, RemoteCall{
+	call := RemoteCall{
 		Provider: target, Capability: capability, Operation: operation, Payload: payload, Node: f.Provider.Node,
 		Instance: p.caller.Instance, Generation: p.caller.Generation, NodeEpoch: p.caller.NodeEpoch,
 		Repeatable: repeatable != nil && repeatable.Repeatable(operation),
-	})
+	}
+	return p.callRemote(ctx, f.Address, call)
 }
+
+// Now reads the clock that calls are limited by.
+func (r *Router) Now() time.Duration { return r.clock() }
 
 // need asks the kind, and learns the operation for the metrics.
 func (r *Router) need(kind Kind, operation string, payload []byte) (permission.Need, error) {

@@ -54,55 +54,60 @@ func (r *Router) serve(ctx context.Context, caller *Caller, req *Request) ([]byt
 	if err != nil {
 		return nil, err
 	}
-	grant, err := r.decideHere(ctx, caller, req.Provider, need)
+	f, grant, err := r.decideHere(ctx, caller, req.Provider, need)
 	if err != nil {
 		return nil, err
 	}
-	return r.host.Invoke(ctx, req.Provider, req.Capability, Call{
+	call := Call{
 		Instance: caller.Instance, Name: grant.Name, Generation: caller.Generation,
 		Bucket: grant.Bucket, Operation: req.Operation, Payload: req.Payload,
-	})
+	}
+	if caller.Instance != "" {
+		call.Created = f.Instance.Created
+		call.admission = admission{router: r, seen: f.Turn, node: caller.Node, notAfter: caller.NotAfter}
+	}
+	return r.host.Invoke(ctx, req.Provider, req.Capability, call)
 }
 
 // decideHere decides on a call to a provider of this node, again at each change
 // of the directory while the refusal may heal.
-func (r *Router) decideHere(ctx context.Context, caller *Caller, provider string, need permission.Need) (Grant, error) {
-	grant, err := r.decideOnce(caller, provider, need)
+func (r *Router) decideHere(ctx context.Context, caller *Caller, provider string, need permission.Need) (Facts, Grant, error) {
+	f, grant, err := r.decideOnce(caller, provider, need)
 	if err == nil || !Unsettled(err) || r.settle < 0 {
-		return grant, err
+		return f, grant, err
 	}
 	select {
 	case r.settling <- struct{}{}:
 		defer func() { <-r.settling }()
 	default:
-		return Grant{}, err
+		return f, Grant{}, err
 	}
 	limit := time.NewTimer(r.settle)
 	defer limit.Stop()
 	for {
 		changed := r.directory.Changed() // before looking, so that no change is missed
-		grant, err = r.decideOnce(caller, provider, need)
+		f, grant, err = r.decideOnce(caller, provider, need)
 		if err == nil || !Unsettled(err) {
-			return grant, err
+			return f, grant, err
 		}
 		select {
 		case <-changed:
 		case <-limit.C:
-			return Grant{}, err
+			return f, Grant{}, err
 		case <-ctx.Done():
-			return Grant{}, FromContext(ctx)
+			return f, Grant{}, FromContext(ctx)
 		}
 	}
 }
 
-func (r *Router) decideOnce(caller *Caller, provider string, need permission.Need) (Grant, error) {
+func (r *Router) decideOnce(caller *Caller, provider string, need permission.Need) (Facts, Grant, error) {
 	f := r.directory.Facts(caller.Instance, need.Capability, provider)
 	grant, err := Decide(&f, caller, provider, need)
 	if err != nil {
-		return Grant{}, err
+		return f, Grant{}, err
 	}
 	if self := r.directory.Self(); f.Provider.Node != self {
-		return Grant{}, unavailable(provider, "it is not placed on node "+self).With("node", f.Provider.Node).mayHeal()
+		return f, Grant{}, unavailable(provider, "it is not placed on node "+self).With("node", f.Provider.Node).mayHeal()
 	}
-	return grant, nil
+	return f, grant, nil
 }

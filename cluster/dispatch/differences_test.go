@@ -190,3 +190,32 @@ func randomChange(rt *rapid.T, t *testing.T, r *registry, ids, nodes, providers 
 	}
 	return ids
 }
+
+// What was lost with its node may go on there, cut off, unless it ends with the lease.
+func TestWhoMayCallOnceTheirNodeWasLost(t *testing.T) {
+	for name, c := range map[string]struct {
+		edit func(*pb.Instance)
+		want bool
+	}{
+		"it goes on":                    {func(*pb.Instance) {}, true},
+		"also where it is not to go on": {func(in *pb.Instance) { in.Spec.Restart = &pb.RestartPolicy{Policy: "never"} }, true},
+		"it ended with the lease":       {func(in *pb.Instance) { in.Spec.OnDisconnect = onDisconnectStop }, false},
+		"it was asked to stop":          {func(in *pb.Instance) { in.DesiredRunning = false }, false},
+		"it runs and is tied to the lease": {func(in *pb.Instance) {
+			in.Spec.OnDisconnect = onDisconnectStop
+			in.Status.State = pb.InstanceState_INSTANCE_STATE_RUNNING
+		}, true},
+		"it leaves and runs": {func(in *pb.Instance) { in.Leaving = true; in.Status.State = pb.InstanceState_INSTANCE_STATE_RUNNING }, true},
+		"it has left":        {func(in *pb.Instance) { in.Status.State = pb.InstanceState_INSTANCE_STATE_PENDING }, false},
+	} {
+		in := &pb.Instance{
+			Id: "w-1", Spec: &pb.WorkloadSpec{}, DesiredRunning: true,
+			Placement: &pb.Placement{NodeId: "n1", NodeEpoch: 1, Generation: 1},
+			Status:    &pb.InstanceStatus{State: pb.InstanceState_INSTANCE_STATE_LOST, Generation: 1},
+		}
+		c.edit(in)
+		if got := mayCall(in); got != c.want {
+			t.Errorf("%s: may call %t, want %t", name, got, c.want)
+		}
+	}
+}

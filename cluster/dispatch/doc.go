@@ -19,6 +19,10 @@
 // when a renewal finds the last one older than TTL/8, so they cost less than
 // eight reads per TTL whatever the number of nodes.
 //
+// A leader that stood still, or whose disk did, notices it by looking after its
+// leases later than it meant to; then none ends before what nodes sent meanwhile
+// could be read.
+//
 // TTL is max(default, ceil(4·READY nodes / renewals per second)): agents renew
 // four times per TTL, and the leader handles a bounded number of renewals.
 //

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"sync"
 	"time"
+
+	"github.com/wasmatrix/wasmatrix/internal/plant"
 )
 
 var (
@@ -89,6 +91,8 @@ func (l *leases) renew(h holder, deadline time.Time) error {
 	defer l.mu.Unlock()
 	had, ok := l.byNode[h.node]
 	switch {
+	case plant.On(plant.RenewExpired) && (!ok || had.expiring):
+		return nil
 	case !ok:
 		return errNoLease
 	case had.epoch != h.epoch:

@@ -35,6 +35,10 @@ type item interface {
 	put() *pb.AssignmentChange
 }
 
+// onDisconnectStop is the value of WorkloadSpec.on_disconnect that ends an
+// instance with the lease of its node.
+const onDisconnectStop = "stop"
+
 // set is all that a node must know.
 type set map[key]item
 
@@ -95,10 +99,11 @@ func (s set) addNode(r *reader, self holder, nodeID string) {
 }
 
 // mayCall reports whether an instance may have effects. One whose node was lost
-// may still run there, cut off; only a newer generation takes its calls away.
+// may still run there, cut off, unless it ends with the lease; only a newer
+// generation takes its calls away.
 func mayCall(in *pb.Instance) bool {
 	if in.GetStatus().GetState() == pb.InstanceState_INSTANCE_STATE_LOST {
-		return in.GetDesiredRunning()
+		return in.GetDesiredRunning() && in.GetSpec().GetOnDisconnect() != onDisconnectStop
 	}
 	return fsm.Occupies(in)
 }
@@ -162,6 +167,7 @@ func (i localInstance) same(other item) bool {
 
 func sameInstance(a, b *pb.Instance) bool {
 	return a == b || a.GetDesiredRunning() == b.GetDesiredRunning() && a.GetRestartEpoch() == b.GetRestartEpoch() &&
+		a.GetLeaving() == b.GetLeaving() &&
 		samePlacement(a.GetPlacement(), b.GetPlacement()) && sameMessage(a.GetSpec(), b.GetSpec())
 }
 
@@ -244,7 +250,7 @@ func sameCaller(a, b *pb.Instance) bool {
 
 func (i remoteInstance) put() *pb.AssignmentChange {
 	return &pb.AssignmentChange{Change: &pb.AssignmentChange_PutRemoteInstance{PutRemoteInstance: &pb.RemoteInstance{
-		InstanceId: i.GetId(), Name: i.GetName(), Placement: i.GetPlacement(),
+		InstanceId: i.GetId(), Name: i.GetName(), Placement: i.GetPlacement(), CreatedIndex: i.GetCreatedIndex(),
 	}}}
 }
 

@@ -13,6 +13,7 @@ import (
 
 	"github.com/wasmatrix/wasmatrix/apierror"
 	"github.com/wasmatrix/wasmatrix/fsm"
+	"github.com/wasmatrix/wasmatrix/internal/plant"
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
 )
 
@@ -23,6 +24,9 @@ const (
 	driftDivisor = 100
 	// slack is δ: what a lease lives longer than TTL·(1+drift).
 	slack = 100 * time.Millisecond
+	// looksPerTTL is how often the leader looks after its leases even when none is
+	// due, to notice that it stood still.
+	looksPerTTL = 8
 	// expiriesAtOnce bounds the expiries proposed side by side; Raft puts them in
 	// common batches.
 	expiriesAtOnce = 64
@@ -46,7 +50,12 @@ func (s leaseSettings) ttlFor(nodes int) time.Duration {
 }
 
 // held is how long the leader keeps a lease of a TTL after it handled a renewal.
-func held(ttl time.Duration) time.Duration { return ttl + ttl/driftDivisor + slack }
+func held(ttl time.Duration) time.Duration {
+	if plant.On(plant.ExpireEarly) {
+		return ttl * 3 / 4
+	}
+	return ttl + ttl/driftDivisor + slack
+}
 
 // term is the work of one leadership.
 type term struct {
@@ -120,6 +129,9 @@ func (t *term) syncLeases(ctx context.Context) (memdb.WatchSet, error) {
 	// The last leader may have told a TTL for more READY nodes than there are now,
 	// but never for more than were ever registered.
 	grace := t.clock.Now().Add(held(t.settings.ttlFor(len(nodes))))
+	if plant.On(plant.NoGrace) {
+		grace = t.clock.Now()
+	}
 	ready := 0
 	for _, node := range nodes {
 		h := holder{node: node.GetId(), epoch: node.GetEpoch()}
@@ -153,7 +165,8 @@ func (t *term) followProviders(ctx context.Context) error {
 
 // expireLeases ends leases that have run out. When it gets to one much later than
 // it should, this process or its disk stood still, and renewals may have too:
-// then every lease gets its full time once more.
+// then every lease gets its full time once more. The same holds when it looks much
+// later than it meant to: what nodes sent meanwhile still waits to be read.
 func (t *term) expireLeases(ctx context.Context) error {
 	for {
 		now, ttl := t.clock.Now(), t.leaseTTL()
@@ -168,13 +181,20 @@ func (t *term) expireLeases(ctx context.Context) error {
 			}
 			continue
 		}
+		if pulse := now.Add(ttl / looksPerTTL); !next.IsZero() && pulse.Before(next) {
+			next = pulse
+		}
 		if err := t.waitUntil(ctx, now, next); err != nil {
 			return err
+		}
+		if woke := t.clock.Now(); !next.IsZero() && woke.Sub(next) > ttl/looksPerTTL {
+			t.log.WarnContext(ctx, "this process stood still; leases that would have ended are extended", "late", woke.Sub(next))
+			t.leases.forgive(woke.Add(ttl))
 		}
 	}
 }
 
-// waitUntil waits for next, or for a lease that may end sooner.
+// waitUntil waits for next, for ever if it is zero, or for a lease that may end sooner.
 func (t *term) waitUntil(ctx context.Context, now, next time.Time) error {
 	var fired <-chan time.Time
 	if !next.IsZero() {

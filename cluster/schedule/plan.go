@@ -23,9 +23,11 @@ type subject struct {
 	id       string
 }
 
-// attempt is a decision that was proposed.
+// attempt is a decision that was proposed. What it meant depends on whether the
+// instance was placed then: such a one was asked to leave, another one placed.
 type attempt struct {
 	generation uint64
+	placed     bool
 	outcome    outcome
 }
 
@@ -71,8 +73,17 @@ func (p *planner) decide(view Unplaced) []*pb.PlaceDecision {
 	for _, provider := range view.UnplacedProviders(p.pending) {
 		pass.provider(b, provider)
 	}
-	for _, instance := range view.UnplacedInstances(p.pending) {
-		pass.instance(b, instance)
+	instances := view.UnplacedInstances(p.pending)
+	for _, instance := range instances {
+		if instance.GetLeaving() {
+			// It was asked to leave because there is room for it; that is not given away.
+			b.instance(instance)
+		}
+	}
+	for _, instance := range instances {
+		if !instance.GetLeaving() {
+			pass.instance(b, instance)
+		}
 	}
 	p.proposed, p.blocked = pass.next, pass.blocked
 	return pass.decisions
@@ -101,8 +112,8 @@ func (p *pass) instance(b *batch, instance *pb.Instance) {
 	}
 	key := subject{id: instance.GetId()}
 	o := b.instance(instance)
-	a := attempt{instance.GetPlacement().GetGeneration(), o}
-	if o.NodeID == "" && fsm.Placed(instance) {
+	a := attempt{instance.GetPlacement().GetGeneration(), fsm.Placed(instance), o}
+	if o.NodeID == "" && a.placed {
 		// It is to leave a draining node and goes on there: a drain ends nothing that
 		// has no successor.
 		p.blocked++
@@ -122,7 +133,7 @@ func (p *pass) provider(b *batch, provider *pb.Provider) {
 	}
 	key := subject{provider: true, id: provider.GetId()}
 	o := b.provider(provider)
-	a := attempt{provider.GetPlacement().GetGeneration(), o}
+	a := attempt{generation: provider.GetPlacement().GetGeneration(), outcome: o}
 	if p.record(key, a, provider.GetStatus().GetMessage()) {
 		p.decisions = append(p.decisions, &pb.PlaceDecision{
 			ProviderId: key.id, SeenGeneration: a.generation,

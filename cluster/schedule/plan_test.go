@@ -2,6 +2,7 @@ package schedule
 
 import (
 	"fmt"
+	"slices"
 	"testing"
 	"time"
 
@@ -99,6 +100,11 @@ func TestDrainMovesWhatCanRunElsewhere(t *testing.T) {
 		pending("a", 5, running("n1")),
 	}
 	p := newPlanner()
+	rounds(t, p, w)
+	// More than there is room for elsewhere is not asked to leave, however often one looks.
+	if left := w.leave(); !slices.Equal(left, []string{"a-00000", "a-00004"}) {
+		t.Errorf("asked to leave: %v", left)
+	}
 	rounds(t, p, w)
 	want := []string{"n2", "n1", "n1", "n1", "n2", "n1"}
 	for k, i := range w.instances {

@@ -100,6 +100,21 @@ func (r *registry) nodeOf(id string) string {
 	return in.GetPlacement().GetNodeId()
 }
 
+// leave reports the end of every instance that was asked to leave a node.
+func (r *registry) leave(t testing.TB, nodeID string) {
+	t.Helper()
+	n, _ := r.state.View().Node(nodeID)
+	req := &pb.ReportStatusRequest{NodeId: nodeID, Epoch: n.GetEpoch()}
+	for _, in := range r.state.View().InstancesByNode(nil, nodeID) {
+		if in.GetLeaving() {
+			req.Instances = append(req.Instances, &pb.InstanceReport{InstanceId: in.GetId(), Left: true, Status: &pb.InstanceStatus{
+				State: pb.InstanceState_INSTANCE_STATE_STOPPED, Generation: in.GetPlacement().GetGeneration(),
+			}})
+		}
+	}
+	r.do(t, &pb.Command{Payload: &pb.Command_ReportStatus{ReportStatus: req}})
+}
+
 // runScheduler runs a scheduler until the test ends and returns its end.
 func runScheduler(t *testing.T, r *registry) <-chan error {
 	t.Helper()
@@ -217,12 +232,17 @@ func TestRunEmptiesADrainingNode(t *testing.T) {
 		}
 		r.addNode(t, "n2", 2)
 		synctest.Wait()
+		if r.nodeOf(ids[0]) != "n1" {
+			t.Fatal("an instance was placed elsewhere before its end was reported")
+		}
+		r.leave(t, "n1")
+		synctest.Wait()
 		left := slices.DeleteFunc(slices.Clone(ids), func(id string) bool { return r.nodeOf(id) == "n2" })
 		if len(left) != 1 || r.nodeOf(left[0]) != "n1" {
 			t.Errorf("left on n1: %v, want the one that has no room elsewhere", left)
 		}
-		if got := r.proposals() - before; got != 1 {
-			t.Errorf("%d commands for one drain, want 1", got)
+		if got := r.proposals() - before; got != 2 {
+			t.Errorf("%d commands for one drain, want 2: to leave and to be placed", got)
 		}
 	})
 }

@@ -68,6 +68,10 @@ func (w *world) apply(decisions []*pb.PlaceDecision) {
 
 func decided(i *pb.Instance, d *pb.PlaceDecision) *pb.Instance {
 	out := &pb.Instance{Id: i.Id, Name: i.Name, Spec: i.Spec, DesiredRunning: i.DesiredRunning, Placement: i.Placement, Status: i.Status}
+	if d.NodeId != "" && fsm.Placed(i) {
+		out.Leaving = true
+		return out
+	}
 	if d.NodeId == "" {
 		out.Status = &pb.InstanceStatus{State: i.Status.State, Message: d.Message}
 		return out
@@ -75,6 +79,26 @@ func decided(i *pb.Instance, d *pb.PlaceDecision) *pb.Instance {
 	out.Placement = &pb.Placement{NodeId: d.NodeId, NodeEpoch: d.NodeEpoch, Generation: d.SeenGeneration + 1}
 	out.Status = &pb.InstanceStatus{State: pb.InstanceState_INSTANCE_STATE_ASSIGNED, Generation: d.SeenGeneration + 1}
 	return out
+}
+
+// leave ends, as their agents do, the instances that were asked to leave, and
+// returns their ids.
+func (w *world) leave() []string {
+	var left []string
+	for k, i := range w.instances {
+		if !i.Leaving {
+			continue
+		}
+		left = append(left, i.Id)
+		w.instances[k] = &pb.Instance{
+			Id: i.Id, Name: i.Name, Spec: i.Spec, DesiredRunning: i.DesiredRunning,
+			Placement: &pb.Placement{Generation: i.Placement.Generation},
+			Status:    &pb.InstanceStatus{State: pb.InstanceState_INSTANCE_STATE_PENDING},
+		}
+	}
+	close(w.changed)
+	w.changed = make(chan struct{})
+	return left
 }
 
 func keep[T any](in []T, want func(T) bool) []T {

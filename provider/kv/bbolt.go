@@ -17,6 +17,7 @@ type boltStore struct {
 	db      *bolt.DB
 	file    *os.File // of db
 	path    string
+	marks   marks
 	commits *committer
 	// broken is set when a commit failed in a way that leaves open what is on
 	// the disk. Nothing that this process reads can be trusted then, so every
@@ -26,13 +27,15 @@ type boltStore struct {
 
 // txn is one write transaction.
 type txn struct {
-	data, expiry *bolt.Bucket
-	totals       *totals
+	data, expiry, fences *bolt.Bucket
+	totals               *totals
+	raised               map[string]provider.Mark // by this transaction
 }
 
 // The buckets of the file. The data bucket's sequence is the version counter.
 func dataBucket() []byte   { return []byte("data") }
 func expiryBucket() []byte { return []byte("expiry") }
+func fencesBucket() []byte { return []byte("fences") }
 func totalsBucket() []byte { return []byte("totals") }
 
 // totalsKey is the only key of the totals bucket.
@@ -60,10 +63,14 @@ func (t txn) replace(key, before, after []byte) error {
 
 func (t txn) recount() error {
 	*t.totals = totals{}
-	return t.data.ForEach(func(_, v []byte) error {
+	add := func(_, v []byte) error {
 		t.totals.add(v)
 		return nil
-	})
+	}
+	if err := t.data.ForEach(add); err != nil {
+		return err
+	}
+	return t.fences.ForEach(add)
 }
 
 func (s *boltStore) usable() error {
@@ -73,12 +80,16 @@ func (s *boltStore) usable() error {
 	return nil
 }
 
-func (s *boltStore) get(bucket string, key []byte, now int64, encode func([]byte, uint64) []byte) (answer []byte, err error) {
-	if err := s.usable(); err != nil {
+func (s *boltStore) get(ctx context.Context, call provider.Call, key []byte, now int64, encode func([]byte, uint64) []byte) (answer []byte, err error) {
+	bucket := call.Bucket
+	if err := s.enter(ctx, &call); err != nil {
 		return nil, err
 	}
 	err = s.guard(func() error {
 		return s.db.View(func(tx *bolt.Tx) error {
+			if err := s.marks.admit(&call); err != nil {
+				return err
+			}
 			k := encodeKey(bucket, key)
 			v := tx.Bucket(dataBucket()).Get(k)
 			if v == nil {
@@ -97,12 +108,16 @@ func (s *boltStore) get(bucket string, key []byte, now int64, encode func([]byte
 	return answer, fileError(s.path, err)
 }
 
-func (s *boltStore) list(bucket string, now int64, p *page) error {
-	if err := s.usable(); err != nil {
+func (s *boltStore) list(ctx context.Context, call provider.Call, now int64, p *page) error {
+	bucket := call.Bucket
+	if err := s.enter(ctx, &call); err != nil {
 		return err
 	}
 	err := s.guard(func() error {
 		return s.db.View(func(tx *bolt.Tx) error {
+			if err := s.marks.admit(&call); err != nil {
+				return err
+			}
 			head := encodeKey(bucket, nil)
 			cursor := tx.Bucket(dataBucket()).Cursor()
 			for k, v := cursor.Seek(encodeKey(bucket, p.seek())); bytes.HasPrefix(k, head); k, v = cursor.Next() {
@@ -124,13 +139,23 @@ func (s *boltStore) write(ctx context.Context, w *write) error {
 	if err := s.usable(); err != nil {
 		return err
 	}
-	return s.commits.do(ctx, len(w.key)+len(w.value), func(tx txn) error { return s.apply(tx, w) })
+	if err := s.marks.admit(&w.call); err != nil {
+		return err
+	}
+	if err := s.commits.do(ctx, len(w.key)+len(w.value), func(tx txn) error { return s.apply(tx, w) }); err != nil {
+		return err
+	}
+	return w.refused
 }
 
 // apply carries one write out inside a transaction. It may be run again in
 // another one when the first was rolled back.
 func (s *boltStore) apply(tx txn, w *write) error {
 	w.done, w.version = false, 0
+	var err error
+	if w.refused, err = s.admit(tx, &w.call); err != nil || w.refused != nil {
+		return err
+	}
 	k := encodeKey(w.bucket, w.key)
 	var old record
 	current := uint64(0)
@@ -247,6 +272,7 @@ func (s *boltStore) update(batch []*job) error {
 		return err
 	}
 	committing := false
+	raised := map[string]provider.Mark{}
 	err := s.guard(func() error {
 		return s.db.Update(func(tx *bolt.Tx) error {
 			stored := tx.Bucket(totalsBucket())
@@ -254,7 +280,10 @@ func (s *boltStore) update(batch []*job) error {
 			if !ok {
 				return damaged(s.path, "its totals do not match their checksum")
 			}
-			t := txn{data: tx.Bucket(dataBucket()), expiry: tx.Bucket(expiryBucket()), totals: &sum}
+			t := txn{
+				data: tx.Bucket(dataBucket()), expiry: tx.Bucket(expiryBucket()), fences: tx.Bucket(fencesBucket()),
+				totals: &sum, raised: raised,
+			}
 			for _, j := range batch {
 				if err := j.run(t); err != nil {
 					return err
@@ -268,6 +297,7 @@ func (s *boltStore) update(batch []*job) error {
 		})
 	})
 	if err == nil {
+		s.marks.raise(raised)
 		return nil
 	}
 	if errors.Is(err, errPanic) || committing && !full(err) {

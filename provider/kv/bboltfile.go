@@ -97,6 +97,9 @@ func (s *boltStore) prepare(o boltOptions) error {
 		}
 	}
 	err = s.guard(func() error { return s.db.Update(s.makeBuckets) })
+	if err == nil {
+		err = s.guard(func() error { return s.db.Update(s.loadMarks) })
+	}
 	return fileError(s.path, err)
 }
 
@@ -108,6 +111,9 @@ func (s *boltStore) makeBuckets(tx *bolt.Tx) error {
 		} else if _, err := tx.CreateBucket(name); err != nil {
 			return err
 		}
+	}
+	if _, err := tx.CreateBucketIfNotExists(fencesBucket()); err != nil { // files of an earlier version have none
+		return err
 	}
 	switch had {
 	case 0:

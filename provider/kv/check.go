@@ -50,7 +50,7 @@ type checker struct {
 // bucketFound is one of the file's buckets.
 type bucketFound struct {
 	sequence uint64
-	totals   totals // of the data bucket
+	totals   totals // of the data and the fences bucket
 	stored   []byte // the record of the totals in the totals bucket
 }
 
@@ -268,6 +268,14 @@ func (c *checker) rootElement(e element) error {
 	switch name {
 	case string(dataBucket()):
 		visit = b.record
+	case string(fencesBucket()):
+		visit = func(e element) error {
+			if _, ok := decodeMark(e.key, e.value); !ok || e.flags != 0 {
+				return &corrupt{why: "a fence does not match its checksum", record: strconv.Quote(string(e.key))}
+			}
+			b.totals.add(e.value)
+			return nil
+		}
 	case string(totalsBucket()):
 		visit = func(e element) error {
 			b.stored = bytes.Clone(e.value)
@@ -307,6 +315,8 @@ func (c *checker) compare() error {
 	}
 	want, ok := decodeTotals(c.found[string(totalsBucket())].stored)
 	got := c.found[string(dataBucket())].totals
+	marks := c.found[string(fencesBucket())].totals
+	got.count, got.sum = got.count+marks.count, got.sum+marks.sum
 	if !ok || got != want {
 		return corruptf("it holds %d records where %d are expected, or others than were written", got.count, want.count)
 	}

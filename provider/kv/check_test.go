@@ -14,6 +14,7 @@ import (
 	bolt "go.etcd.io/bbolt"
 
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
+	"github.com/wasmatrix/wasmatrix/provider"
 )
 
 // churned returns a file with several levels of pages, large values, free pages
@@ -185,14 +186,14 @@ func TestOverwritingADamagedRecordMendsTheFile(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := s.get("b", []byte("k"), 1, encodeFound); err == nil {
+	if _, err := s.get(t.Context(), provider.Call{Bucket: "b"}, []byte("k"), 1, encodeFound); err == nil {
 		t.Error("the damage is not noticed")
 	}
 	set("new", 0)
 	if _, err := s.sweep(t.Context(), 1000, 10); err != nil {
 		t.Error(err)
 	}
-	if got, err := s.get("b", []byte("k"), 2000, encodeFound); err != nil || got == nil {
+	if got, err := s.get(t.Context(), provider.Call{Bucket: "b"}, []byte("k"), 2000, encodeFound); err != nil || got == nil {
 		t.Errorf("the new record was swept with the old one's expiry: %v", err)
 	}
 	if err := s.close(); err != nil {

@@ -162,7 +162,7 @@ func TestSweepRemovesExpiredKeysOnly(t *testing.T) {
 				}
 			}
 			for key, want := range map[string]bool{"short1": false, "long": false, "never": true, "renewed": false, "kept": true} {
-				got, err := s.get("b", []byte(key), 1, encodeFound)
+				got, err := s.get(t.Context(), provider.Call{Bucket: "b"}, []byte(key), 1, encodeFound)
 				if err != nil || (got != nil) != want {
 					t.Errorf("%s is there: %v, %v; want %v", key, got != nil, err, want)
 				}
@@ -235,7 +235,7 @@ type slowStore struct {
 	reading          atomic.Int32
 }
 
-func (s *slowStore) get(string, []byte, int64, func([]byte, uint64) []byte) ([]byte, error) {
+func (s *slowStore) get(context.Context, provider.Call, []byte, int64, func([]byte, uint64) []byte) ([]byte, error) {
 	s.reading.Add(1)
 	defer s.reading.Add(-1)
 	close(s.entered)

@@ -22,6 +22,7 @@ type memory struct {
 	limit int64
 
 	mu      sync.RWMutex
+	fence   provider.Fence
 	used    int64
 	version uint64
 	buckets map[string]*memoryBucket
@@ -65,10 +66,58 @@ func (m *memory) find(bucket string, key []byte) *item {
 	return b.items[string(key)]
 }
 
-func (m *memory) get(bucket string, key []byte, now int64, encode func([]byte, uint64) []byte) ([]byte, error) {
+// admit refuses a call of a superseded generation, or one whose time is up. The
+// lock is held until its effect.
+func (m *memory) admit(call *provider.Call) error {
+	if newest := m.fence.Seen(call.Instance); call.Mark().Before(newest) {
+		return provider.Superseded(call.Instance, call.Mark(), newest)
+	}
+	return call.Admit()
+}
+
+// admitAndRaise is admit for who holds the lock for writing.
+func (m *memory) admitAndRaise(call *provider.Call) error {
+	newest, mark := m.fence.Seen(call.Instance), call.Mark()
+	if mark.Before(newest) {
+		return provider.Superseded(call.Instance, mark, newest)
+	}
+	if err := call.Admit(); err != nil {
+		return err
+	}
+	if newest.Before(mark) {
+		m.fence.Raise(call.Instance, mark)
+	}
+	return nil
+}
+
+// enter admits a read and holds the lock for it. It must be left with RUnlock,
+// also on an error.
+func (m *memory) enter(call *provider.Call) error {
 	m.mu.RLock()
-	i := m.find(bucket, key)
+	if m.fence.Seen(call.Instance) == call.Mark() {
+		return call.Admit()
+	}
 	m.mu.RUnlock()
+	m.mu.Lock()
+	err := m.admitAndRaise(call)
+	m.mu.Unlock()
+	m.mu.RLock()
+	if err != nil {
+		return err
+	}
+	return m.admit(call)
+}
+
+func (m *memory) get(_ context.Context, call provider.Call, key []byte, now int64, encode func([]byte, uint64) []byte) ([]byte, error) {
+	var i *item
+	err := m.enter(&call)
+	if err == nil {
+		i = m.find(call.Bucket, key)
+	}
+	m.mu.RUnlock()
+	if err != nil {
+		return nil, err
+	}
 	if i == nil || !i.alive(now) {
 		return nil, nil
 	}
@@ -78,6 +127,9 @@ func (m *memory) get(bucket string, key []byte, now int64, encode func([]byte, u
 func (m *memory) write(_ context.Context, w *write) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if err := m.admitAndRaise(&w.call); err != nil {
+		return err
+	}
 	old := m.find(w.bucket, w.key)
 	current := uint64(0)
 	if old != nil && old.alive(w.now) {
@@ -141,10 +193,13 @@ func (m *memory) remove(i *item) {
 	m.used -= i.size()
 }
 
-func (m *memory) list(bucket string, now int64, p *page) error {
-	m.mu.RLock()
+func (m *memory) list(_ context.Context, call provider.Call, now int64, p *page) error {
+	err := m.enter(&call)
 	defer m.mu.RUnlock()
-	b, ok := m.buckets[bucket]
+	if err != nil {
+		return err
+	}
+	b, ok := m.buckets[call.Bucket]
 	if !ok {
 		return nil
 	}

@@ -94,7 +94,7 @@ func splitExpiry(b []byte) (expires int64, key []byte, ok bool) {
 	return int64(binary.BigEndian.Uint64(b)), b[8:], true //nolint:gosec // written from an int64
 }
 
-// totals are the number and the sum of the checksums of all records of a file.
+// totals are the number and the sum of the checksums of all records and marks of a file.
 // They are kept up to date by every transaction, so that a record which is
 // missing, or an old one in its place, is noticed by a check of the whole file.
 type totals struct {

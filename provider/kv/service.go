@@ -16,16 +16,17 @@ const (
 )
 
 // store is what a driver does. Times are in nanoseconds since 1970. Its errors
-// wrap the sentinels of package provider.
+// wrap the sentinels of package provider. A call is admitted where its effect
+// happens: by Call.Admit, and by the marks that the driver keeps.
 type store interface {
 	// get returns what encode makes of a key's value and version, or nil when
 	// the key does not exist. encode must not keep the value.
-	get(bucket string, key []byte, now int64, encode func(value []byte, version uint64) []byte) ([]byte, error)
+	get(ctx context.Context, call provider.Call, key []byte, now int64, encode func(value []byte, version uint64) []byte) ([]byte, error)
 	// write carries w out and fills in its result. It may still read w's slices
 	// when it returns an error, so they must not be the caller's.
 	write(ctx context.Context, w *write) error
-	// list lets p visit the keys of a bucket in order.
-	list(bucket string, now int64, p *page) error
+	// list lets p visit the keys of the call's bucket in order.
+	list(ctx context.Context, call provider.Call, now int64, p *page) error
 	// sweep removes up to limit expired keys and returns how many it removed.
 	sweep(ctx context.Context, now int64, limit int) (int, error)
 	// close is called once, when no call is under way.
@@ -34,6 +35,7 @@ type store interface {
 
 // write is one set, cas or delete, and its result.
 type write struct {
+	call      provider.Call // without the payload
 	operation string
 	bucket    string
 	key       []byte
@@ -44,6 +46,7 @@ type write struct {
 
 	done    bool   // set and cas: it was stored; delete: the key existed
 	version uint64 // set and cas: the version now
+	refused error  // the call was not admitted
 }
 
 // put decides on a set or cas of a key that has the given version now, 0 for
@@ -110,9 +113,9 @@ func (s *service) Invoke(ctx context.Context, call provider.Call) ([]byte, error
 	now := s.now().UnixNano()
 	switch call.Operation {
 	case opGet:
-		return s.store.get(call.Bucket, r.key, now, encodeFound)
+		return s.store.get(ctx, call, r.key, now, encodeFound)
 	case opList:
-		return s.list(call.Bucket, &r, now)
+		return s.list(ctx, call, &r, now)
 	default:
 		return s.write(ctx, &call, &r, now)
 	}
@@ -128,12 +131,12 @@ func checkBucket(bucket string) error {
 	return nil
 }
 
-func (s *service) list(bucket string, r *request, now int64) ([]byte, error) {
+func (s *service) list(ctx context.Context, call provider.Call, r *request, now int64) ([]byte, error) {
 	p := page{prefix: r.key, cursor: r.cursor, limit: int(r.limit), keysOnly: r.keysOnly}
 	if p.limit == 0 {
 		p.limit = DefaultListLimit
 	}
-	if err := s.store.list(bucket, now, &p); err != nil {
+	if err := s.store.list(ctx, call, now, &p); err != nil {
 		return nil, err
 	}
 	return p.encode(), nil
@@ -146,9 +149,10 @@ func (s *service) write(ctx context.Context, call *provider.Call, r *request, no
 	copy(kept, r.key)
 	copy(kept[len(r.key):], r.value)
 	w := &write{
-		operation: call.Operation, bucket: call.Bucket, now: now, expected: r.expected,
+		call: *call, operation: call.Operation, bucket: call.Bucket, now: now, expected: r.expected,
 		key: kept[:len(r.key):len(r.key)], value: kept[len(r.key):],
 	}
+	w.call.Payload = nil
 	if r.ttl > 0 {
 		w.expires = now + int64(r.ttl)*int64(time.Millisecond) //nolint:gosec // at most MaxTTL
 	}

@@ -47,6 +47,8 @@ func KV(t *testing.T, open OpenKV) {
 		{"concurrent increments by cas add up", testConcurrentCas},
 		{"concurrent writers and readers see whole values", testConcurrentWhole},
 		{"a random history agrees with a model", testModel},
+		{"an older generation is refused once a newer one was let in", testGenerations},
+		{"of two generations that race none comes back", testGenerationsRace},
 		{"a closed provider is unavailable", testClosed},
 		{"close waits for calls under way", testCloseUnderCalls},
 	}

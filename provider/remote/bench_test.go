@@ -106,7 +106,7 @@ func BenchmarkRemoteGet(b *testing.B) {
 	n := newNetwork(b)
 	kind := kv.New(kv.Options{})
 	serving := n.agent(b, "b", -1)
-	address := loopback(b, n, &agentServer{invoke: remote.NewServer(serving.router).InvokeCapability})
+	address := loopback(b, n, served(remote.NewServer(serving.router)))
 	if err := serving.host.Start(b.Context(), "kv", provider.Config{ID: "kv", Driver: "memory"}); err != nil {
 		b.Fatal(err)
 	}
@@ -114,7 +114,8 @@ func BenchmarkRemoteGet(b *testing.B) {
 	dir := provider.NewDirectory("a")
 	router, err := provider.NewRouter(provider.RouterConfig{
 		Directory: dir, Host: serving.host, Kinds: []provider.Kind{kind},
-		Remote: remote.NewClient(func(a string) (grpc.ClientConnInterface, error) { return pool.Conn(a) }),
+		Remote: remote.NewClient(func(a string) (grpc.ClientConnInterface, error) { return pool.Conn(a) }, clock()),
+		Clock:  clock(),
 	})
 	if err != nil {
 		b.Fatal(err)

@@ -16,20 +16,22 @@ import (
 	"github.com/wasmatrix/wasmatrix/provider"
 )
 
-// DefaultTimeout bounds a call whose context has no deadline.
-const DefaultTimeout = 30 * time.Second
-
 // Client calls providers of other nodes. It implements provider.Remote and is
 // safe for concurrent use. It owns no connections.
 type Client struct {
 	conn   func(address string) (grpc.ClientConnInterface, error)
+	clocks *clocks
 	delays []time.Duration
 }
 
 // NewClient returns a Client. conn returns a shared connection to an agent,
-// which stays its own; it must not block on the network.
-func NewClient(conn func(address string) (grpc.ClientConnInterface, error)) *Client {
-	return &Client{conn: conn, delays: []time.Duration{20 * time.Millisecond, 100 * time.Millisecond}}
+// which stays its own; it must not block on the network. clock is the node's, the
+// one that RemoteCall.NotAfter is measured with.
+func NewClient(conn func(address string) (grpc.ClientConnInterface, error), clock provider.Clock) *Client {
+	return &Client{
+		conn: conn, clocks: newClocks(clock),
+		delays: []time.Duration{20 * time.Millisecond, 100 * time.Millisecond},
+	}
 }
 
 // Invoke makes one call of the agent at address, with ctx's deadline and
@@ -41,7 +43,7 @@ func NewClient(conn func(address string) (grpc.ClientConnInterface, error)) *Cli
 func (c *Client) Invoke(ctx context.Context, address string, call provider.RemoteCall) ([]byte, error) {
 	if _, bounded := ctx.Deadline(); !bounded {
 		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, DefaultTimeout)
+		ctx, cancel = context.WithTimeout(ctx, provider.DefaultCallTime)
 		defer cancel()
 	}
 	conn, err := c.conn(address)
@@ -49,10 +51,9 @@ func (c *Client) Invoke(ctx context.Context, address string, call provider.Remot
 		return nil, unreachable(&call, address, err)
 	}
 	agent := pb.NewNodeAgentServiceClient(conn)
+	caller := &pb.InstanceCaller{InstanceId: call.Instance, Generation: call.Generation, NodeEpoch: call.NodeEpoch}
 	req := &pb.InvokeCapabilityRequest{
-		Caller: &pb.InvokeCapabilityRequest_Instance{Instance: &pb.InstanceCaller{
-			InstanceId: call.Instance, Generation: call.Generation, NodeEpoch: call.NodeEpoch,
-		}},
+		Caller:     &pb.InvokeCapabilityRequest_Instance{Instance: caller},
 		ProviderId: call.Provider,
 		Capability: call.Capability,
 		Operation:  call.Operation,
@@ -61,19 +62,36 @@ func (c *Client) Invoke(ctx context.Context, address string, call provider.Remot
 	ctx = withCorrelation(ctx)
 	for attempt := 0; ; attempt++ {
 		var server peer.Peer // is set once the call has a connection to go out on
-		resp, err := agent.InvokeCapability(ctx, req, grpc.Peer(&server))
+		err := c.clocks.limit(ctx, agent, address, caller, call.NotAfter)
 		if err == nil {
-			return resp.GetPayload(), nil
+			var resp *pb.InvokeCapabilityResponse
+			resp, err = agent.InvokeCapability(ctx, req, grpc.Peer(&server))
+			if err == nil {
+				c.clocks.learn(address, resp.GetClock())
+				return resp.GetPayload(), nil
+			}
 		}
 		sent := server.Addr != nil
 		if answered(err) {
-			return nil, FromAPI(err)
+			failure := FromAPI(err)
+			if otherClock(failure) && attempt < len(c.delays) {
+				c.clocks.forget(address)
+				continue // that agent's process began anew and has not carried it out
+			}
+			return nil, failure
 		}
 		again := status.Code(err) == codes.Unavailable && (!sent || call.Repeatable) && attempt < len(c.delays)
 		if !again || !wait(ctx, c.delays[attempt]) {
 			return nil, broken(ctx, err, &call, address, sent)
 		}
 	}
+}
+
+// otherClock reports whether a call was refused because its limit is of a clock
+// that the serving agent does not have.
+func otherClock(err error) bool {
+	e, ok := errors.AsType[*provider.Error](err)
+	return ok && e.Details[detailClock] == clockUnknown
 }
 
 // withCorrelation makes the correlation id travel, also over a connection that

@@ -83,13 +83,33 @@ func (n *network) pool(t testing.TB, id *identity.Identity) *identity.Pool {
 
 func (n *network) client(t testing.TB, pool *identity.Pool) *remote.Client {
 	t.Helper()
-	return remote.NewClient(func(address string) (grpc.ClientConnInterface, error) { return pool.Conn("passthrough:///" + address) })
+	return remote.NewClient(func(address string) (grpc.ClientConnInterface, error) { return pool.Conn("passthrough:///" + address) }, clock())
 }
+
+// began is when the clocks of the agents in these tests began.
+var began = time.Now()
+
+// clock is the clock of an agent; all have the same in these tests.
+func clock() provider.Clock { return func() time.Duration { return time.Since(began) } }
 
 // agentServer is the part of the agent's gRPC server that these tests need.
 type agentServer struct {
 	pb.UnimplementedNodeAgentServiceServer
 	invoke func(context.Context, *pb.InvokeCapabilityRequest) (*pb.InvokeCapabilityResponse, error)
+	// read is nil where the limits of calls do not matter.
+	read func(context.Context, *pb.ReadClockRequest) (*pb.ReadClockResponse, error)
+}
+
+// served is what s serves of an agent.
+func served(s *remote.Server) *agentServer {
+	return &agentServer{invoke: s.InvokeCapability, read: s.ReadClock}
+}
+
+func (s *agentServer) ReadClock(ctx context.Context, req *pb.ReadClockRequest) (*pb.ReadClockResponse, error) {
+	if s.read == nil {
+		return &pb.ReadClockResponse{Clock: &pb.AgentClock{Id: 1, Now: int64(clock()())}}, nil
+	}
+	return s.read(ctx, req)
 }
 
 func (s *agentServer) InvokeCapability(ctx context.Context, req *pb.InvokeCapabilityRequest) (*pb.InvokeCapabilityResponse, error) {
@@ -136,7 +156,7 @@ func (n *network) agent(t testing.TB, id string, settle time.Duration) *agent {
 	a := &agent{id: id, dir: provider.NewDirectory(id), host: provider.NewHost(slog.New(slog.DiscardHandler), kind)}
 	var err error
 	a.router, err = provider.NewRouter(provider.RouterConfig{
-		Directory: a.dir, Host: a.host, Kinds: []provider.Kind{kind}, Remote: n.client(t, n.pool(t, self)), SettleWithin: settle,
+		Directory: a.dir, Host: a.host, Kinds: []provider.Kind{kind}, Remote: n.client(t, n.pool(t, self)), SettleWithin: settle, Clock: clock(),
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -146,7 +166,7 @@ func (n *network) agent(t testing.TB, id string, settle time.Duration) *agent {
 			t.Errorf("close host %s: %v", id, err)
 		}
 	})
-	a.server = n.serve(t, n.listen(id+":1"), self, &agentServer{invoke: remote.NewServer(a.router).InvokeCapability})
+	a.server = n.serve(t, n.listen(id+":1"), self, served(remote.NewServer(a.router)))
 	return a
 }
 

@@ -454,13 +454,13 @@ func TestCallIsBoundedWithoutADeadline(t *testing.T) {
 	if _, err := c.Invoke(t.Context(), "s:1", call("get", true)); err != nil {
 		t.Fatal(err)
 	}
-	if got := time.Duration(left.Load()); got <= 0 || got > remote.DefaultTimeout {
-		t.Errorf("the serving side had %v left, want at most %v", got, remote.DefaultTimeout)
+	if got := time.Duration(left.Load()); got <= 0 || got > provider.DefaultCallTime {
+		t.Errorf("the serving side had %v left, want at most %v", got, provider.DefaultCallTime)
 	}
 }
 
 func TestPoolThatCannotConnect(t *testing.T) {
-	c := remote.NewClient(func(string) (grpc.ClientConnInterface, error) { return nil, identity.ErrPoolClosed })
+	c := remote.NewClient(func(string) (grpc.ClientConnInterface, error) { return nil, identity.ErrPoolClosed }, clock())
 	_, err := c.Invoke(t.Context(), "s:1", call("get", true))
 	if !errors.Is(err, provider.ErrCommunication) || !errors.Is(err, identity.ErrPoolClosed) {
 		t.Errorf("got %v", err)
@@ -529,6 +529,7 @@ func TestAssignmentRaceIsInvisibleToTheGuest(t *testing.T) {
 			close(arrived)
 			return server.InvokeCapability(ctx, req)
 		},
+		read: server.ReadClock,
 	})
 	p.port = p.a.router.Port("i", 3, 5)
 	result := make(chan error, 1)

@@ -2,6 +2,8 @@ package remote
 
 import (
 	"context"
+	"math/rand/v2"
+	"time"
 
 	"google.golang.org/grpc/metadata"
 
@@ -13,20 +15,37 @@ import (
 // Router carries out calls of authenticated callers; *provider.Router is one.
 type Router interface {
 	Serve(ctx context.Context, caller provider.Caller, req provider.Request) ([]byte, error)
+	// Now reads the clock that calls are limited by.
+	Now() time.Duration
 }
 
 // Server is the serving side of NodeAgentService.InvokeCapability. The request's
 // context must carry the caller that the transport authenticated (identity.Caller).
 type Server struct {
 	router Router
+	// id names the router's clock. A reading of an earlier process, or of another machine
+	// at the same address, must not be taken for one of this.
+	id uint64
 }
 
 // NewServer returns a Server.
-func NewServer(router Router) *Server { return &Server{router: router} }
+func NewServer(router Router) *Server {
+	return &Server{router: router, id: rand.Uint64() | 1}
+}
+
+// ReadClock tells the time by which calls are limited.
+func (s *Server) ReadClock(context.Context, *pb.ReadClockRequest) (*pb.ReadClockResponse, error) {
+	return &pb.ReadClockResponse{Clock: s.now()}, nil
+}
+
+func (s *Server) now() *pb.AgentClock { return &pb.AgentClock{Id: s.id, Now: int64(s.router.Now())} }
 
 // InvokeCapability carries out one call. Its errors are *apierror.Error.
 func (s *Server) InvokeCapability(ctx context.Context, req *pb.InvokeCapabilityRequest) (*pb.InvokeCapabilityResponse, error) {
 	caller, err := callerOf(ctx, req)
+	if err == nil {
+		err = s.checkClock(req.GetInstance())
+	}
 	if err != nil {
 		return nil, ToAPI(err)
 	}
@@ -39,7 +58,16 @@ func (s *Server) InvokeCapability(ctx context.Context, req *pb.InvokeCapabilityR
 	if err != nil {
 		return nil, ToAPI(err)
 	}
-	return &pb.InvokeCapabilityResponse{Payload: payload}, nil
+	return &pb.InvokeCapabilityResponse{Payload: payload, Clock: s.now()}, nil
+}
+
+// checkClock refuses a limit that was set by another clock: it says nothing here.
+func (s *Server) checkClock(c *pb.InstanceCaller) error {
+	if c.GetNotAfter() == 0 || c.GetClock() == s.id {
+		return nil
+	}
+	return provider.Errorf(provider.ErrConflict, "the call of instance %s is limited by the clock of another process", c.GetInstanceId()).
+		With("instance", c.GetInstanceId()).With(detailClock, clockUnknown)
 }
 
 // callerOf joins what the request says about its caller with what the
@@ -62,6 +90,7 @@ func callerOf(ctx context.Context, req *pb.InvokeCapabilityRequest) (provider.Ca
 			Instance:   c.Instance.GetInstanceId(),
 			Generation: c.Instance.GetGeneration(),
 			NodeEpoch:  c.Instance.GetNodeEpoch(),
+			NotAfter:   time.Duration(c.Instance.GetNotAfter()),
 			Node:       subject.Name,
 		}, nil
 	case *pb.InvokeCapabilityRequest_User:

@@ -1,0 +1,173 @@
+package provider
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// Port is one instance's way to its providers. It is safe for concurrent use
+// and needs no closing: when the instance is gone from the directory or has a
+// newer generation, its calls are refused.
+type Port struct {
+	router *Router
+	caller Caller
+	tenure Tenure
+	// ended is set when the instance makes no calls any more.
+	ended atomic.Bool
+
+	mu sync.Mutex
+	// flying counts the calls to other nodes that are under way; landed is closed
+	// when there are none any more, and nil while nobody waits for that.
+	flying int
+	landed chan struct{}
+	// doubt is until when a call without an answer may yet have its effect.
+	doubt time.Duration
+}
+
+// Within makes the port's calls have no effect once tenure has ended, wherever the
+// provider is, and returns p. It must be called before the first call.
+func (p *Port) Within(tenure Tenure) *Port {
+	p.tenure = tenure
+	return p
+}
+
+// End makes every call fail, those that wait for a provider of this node too. It
+// is for when the instance has ended.
+func (p *Port) End() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.ended.Store(true)
+}
+
+// alive refuses a call once the instance has ended or its tenure has.
+func (p *Port) alive() error {
+	if p.ended.Load() {
+		return Errorf(ErrConflict, "instance %s has ended", p.caller.Instance).With("instance", p.caller.Instance)
+	}
+	if p.tenure != nil {
+		if at, held := p.tenure.Ends(); !held || p.router.clock() >= at {
+			return tenureEnded(p.caller.Instance)
+		}
+	}
+	return nil
+}
+
+// Settle waits, after End, until no call can have an effect any more, or until
+// ctx ends. That is at once unless a call to another node got no answer; then it
+// is when the time of that call is up.
+func (p *Port) Settle(ctx context.Context) error {
+	p.mu.Lock()
+	landed := p.landed
+	if p.flying > 0 && landed == nil {
+		landed = make(chan struct{})
+		p.landed = landed
+	}
+	p.mu.Unlock()
+	if landed != nil {
+		select {
+		case <-landed:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	p.mu.Lock()
+	left := p.doubt - p.router.clock()
+	p.mu.Unlock()
+	if left <= 0 {
+		return nil
+	}
+	timer := time.NewTimer(left)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// takeOff counts a call to another node, unless the instance has ended.
+func (p *Port) takeOff() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.ended.Load() {
+		return p.alive()
+	}
+	p.flying++
+	return nil
+}
+
+// land takes up how a call to another node ended.
+func (p *Port) land(notAfter time.Duration, err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if e, own := errors.AsType[*Error](err); own && e.Details[DetailOutcome] == OutcomeUnknown {
+		p.doubt = max(p.doubt, notAfter)
+	}
+	p.flying--
+	if p.flying == 0 && p.landed != nil {
+		close(p.landed)
+		p.landed = nil
+	}
+}
+
+// callRemote calls a provider of another node. The call carries until when it may
+// have its effect: neither a slow network nor a process that stands still can
+// carry it beyond the end of the caller's tenure, or beyond its own deadline.
+func (p *Port) callRemote(ctx context.Context, address string, call RemoteCall) ([]byte, error) {
+	now := p.router.clock()
+	call.NotAfter = now + DefaultCallTime
+	if deadline, ok := ctx.Deadline(); ok {
+		call.NotAfter = now + time.Until(deadline)
+	}
+	if p.tenure != nil {
+		at, held := p.tenure.Ends()
+		if !held || now >= at {
+			return nil, tenureEnded(call.Instance)
+		}
+		call.NotAfter = min(call.NotAfter, at)
+	}
+	if err := p.takeOff(); err != nil {
+		return nil, err
+	}
+	return p.fly(ctx, address, call, call.NotAfter-now)
+}
+
+// fly makes a call and waits for its answer for as long as the caller does. The
+// call goes on without its caller: an instance that is ended in the middle of one
+// has settled when the answer is here, instead of when its time is up.
+func (p *Port) fly(ctx context.Context, address string, call RemoteCall, left time.Duration) ([]byte, error) {
+	type outcome struct {
+		answer []byte
+		err    error
+	}
+	call.Payload = slices.Clone(call.Payload) // it is the caller's, who may be gone
+	landed := make(chan outcome, 1)
+	go func() {
+		detached, cancel := context.WithTimeout(context.WithoutCancel(ctx), left)
+		defer cancel()
+		var o outcome
+		o.answer, o.err = p.router.remote.Invoke(detached, address, call)
+		p.land(call.NotAfter, o.err)
+		landed <- o
+	}()
+	select {
+	case o := <-landed:
+		return o.answer, o.err
+	case <-ctx.Done():
+	}
+	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+		o := <-landed // its time is up as well, and it knows more
+		return o.answer, o.err
+	}
+	gone := Errorf(ErrCommunication, "the call was cancelled by its caller").Because(ctx.Err()).
+		With("node", call.Node).With("address", address).With("provider", call.Provider)
+	if !call.Repeatable {
+		gone = gone.With(DetailOutcome, OutcomeUnknown)
+	}
+	return nil, gone
+}
