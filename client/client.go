@@ -49,6 +49,14 @@ type (
 // when the request has none. Invoke, and CallProvider other than a key-value
 // get or list, are repeated only when they were certainly not sent.
 //
+// The first write opens a session of the cluster, which further ones share; module
+// uploads need none. Every failure of a write has the detail "outcome": failed, it
+// was not done and will not be, or unknown, and then "request_id" says with which id
+// to make the same call again, at this client or another; here it keeps its place in
+// the session. A session that the cluster does not know any more is replaced, and a
+// write that met that is made again only when no attempt of it is in doubt. A caller
+// that sets write.session_id does all this itself.
+//
 // Status is answered by one of the configured peers, never by a learned one,
 // because it tells what that peer knows.
 type Client struct {

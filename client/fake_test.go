@@ -3,6 +3,7 @@ package client_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"sync"
@@ -11,6 +12,7 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/wasmatrix/wasmatrix/apierror"
 	"github.com/wasmatrix/wasmatrix/client"
@@ -83,6 +85,29 @@ type fakePeer struct {
 	cut    int // WatchEvents breaks after this many events; 0 never
 	logs   func(req *pb.FollowLogsRequest, send func(*pb.LogEntry) error) error
 	upload []byte
+	// sessions makes the peer give sessions; places are those of the writes that came.
+	sessions bool
+	places   []*pb.WriteOptions
+}
+
+func (p *fakePeer) OpenSession(ctx context.Context, req *pb.OpenSessionRequest) (*pb.OpenSessionResponse, error) {
+	p.mu.Lock()
+	on := p.sessions
+	p.mu.Unlock()
+	if !on {
+		return p.UnimplementedControlPlaneServiceServer.OpenSession(ctx, req)
+	}
+	if err := p.handle(ctx, "open", req.GetRequestId()); err != nil {
+		return nil, err
+	}
+	return &pb.OpenSessionResponse{SessionId: fmt.Sprintf("s%d", p.count("open")), IdleTimeout: durationpb.New(time.Hour)}, nil
+}
+
+// place notes where in a session a write stands.
+func (p *fakePeer) place(w *pb.WriteOptions) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.places = append(p.places, w)
 }
 
 func (p *fakePeer) StartInstance(_ context.Context, req *pb.StartInstanceRequest) (*pb.StartInstanceResponse, error) {
@@ -164,6 +189,7 @@ func (p *fakePeer) handle(ctx context.Context, call, requestID string) error {
 }
 
 func (p *fakePeer) StopInstance(ctx context.Context, req *pb.StopInstanceRequest) (*pb.StopInstanceResponse, error) {
+	p.place(req.GetWrite())
 	if err := p.handle(ctx, "stop", req.GetRequestId()); err != nil {
 		return nil, err
 	}

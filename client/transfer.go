@@ -44,6 +44,7 @@ func (c *Client) UploadModule(ctx context.Context, name string, r io.Reader, siz
 		}
 	}
 	began := time.Now()
+	var attempts apierror.Attempts
 	for round := 0; ; round++ {
 		if seekable {
 			if _, err := seeker.Seek(start, io.SeekStart); err != nil {
@@ -54,8 +55,13 @@ func (c *Client) UploadModule(ctx context.Context, name string, r io.Reader, siz
 		if err == nil {
 			return resp.GetModule(), nil
 		}
+		// A module that is stored twice is the same module: an upload needs no session.
+		attempts.Note(apierror.OfWrite(ctx, err, ""))
 		if !seekable || !transient(err) || time.Since(began) > c.transport.timeout || !pause(ctx, round) {
-			return nil, err
+			if _, own := errors.AsType[*apierror.Error](err); !own {
+				return nil, err
+			}
+			return nil, conclude(ctx, attempts.Doubtful(), err, header.GetRequestId())
 		}
 	}
 }

@@ -11,6 +11,7 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/stats"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/wasmatrix/wasmatrix/apierror"
 	"github.com/wasmatrix/wasmatrix/correlation"
@@ -36,6 +37,7 @@ type transport struct {
 	attemptTimeout time.Duration
 	logger         *slog.Logger
 	peers          *peerSet
+	sessions       *sessions
 }
 
 func newTransport(cfg Config) (*transport, error) {
@@ -43,7 +45,11 @@ func newTransport(cfg Config) (*transport, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &transport{timeout: cfg.Timeout, attemptTimeout: attemptTimeout, logger: cfg.Logger, peers: peers}, nil
+	t := &transport{timeout: cfg.Timeout, attemptTimeout: attemptTimeout, logger: cfg.Logger, peers: peers}
+	t.sessions = newSessions(func(ctx context.Context) (*pb.OpenSessionResponse, error) {
+		return pb.NewControlPlaneServiceClient(t).OpenSession(ctx, &pb.OpenSessionRequest{})
+	})
+	return t, nil
 }
 
 func (t *transport) close() error { return t.peers.close() }
@@ -64,9 +70,18 @@ func (t *transport) Invoke(ctx context.Context, method string, args, reply any, 
 		pl.given = true
 	}
 	args = withRequestID(args)
-	err := t.try(ctx, pl, func(ctx context.Context, p *peer) error {
-		return p.conn.Invoke(ctx, method, args, reply, opts...)
-	})
+	call := func(ctx context.Context, args proto.Message, attempts *apierror.Attempts) error {
+		pl.attempts = attempts
+		return t.try(ctx, pl, func(ctx context.Context, p *peer) error {
+			return p.conn.Invoke(ctx, method, args, reply, opts...)
+		})
+	}
+	var err error
+	if w, ok := args.(conditional); ok {
+		err = t.inSession(ctx, w, call)
+	} else if msg, ok := args.(proto.Message); ok {
+		err = call(ctx, msg, nil)
+	}
 	if err != nil {
 		return err
 	}
@@ -128,6 +143,9 @@ type plan struct {
 	rule    repeat
 	given   bool // only configured peers
 	limited bool // one peer must not use up the time of all
+	// attempts takes in what failed attempts of a write may have done; nil for
+	// anything else.
+	attempts *apierror.Attempts
 }
 
 // try makes call at one peer after the other until it succeeds, fails for good,
@@ -142,10 +160,13 @@ func (t *transport) try(ctx context.Context, pl plan, call func(context.Context,
 			if pl.limited && pl.rule == repeatAlways && len(peers) > 1 {
 				limit = t.attemptTimeout
 			}
-			again, err := attemptAt(ctx, p, pl.rule, limit, call)
+			again, sent, err := attemptAt(ctx, p, pl.rule, limit, call)
 			if err == nil {
 				t.peers.prefer(p)
 				return nil
+			}
+			if pl.attempts != nil && sent {
+				pl.attempts.Note(apierror.OfWrite(ctx, err, ""))
 			}
 			seen.note(p.address, err)
 			if ctx.Err() != nil {
@@ -168,8 +189,8 @@ func (t *transport) try(ctx context.Context, pl plan, call func(context.Context,
 }
 
 // attemptAt makes one attempt, limited unless limit is 0, and reports whether
-// another may follow.
-func attemptAt(ctx context.Context, p *peer, rule repeat, limit time.Duration, call func(context.Context, *peer) error) (again bool, err error) {
+// another may follow and whether it was sent.
+func attemptAt(ctx context.Context, p *peer, rule repeat, limit time.Duration, call func(context.Context, *peer) error) (again, sent bool, err error) {
 	a := &attempt{}
 	attemptCtx := context.WithValue(ctx, attemptKey{}, a)
 	if limit > 0 {
@@ -178,10 +199,11 @@ func attemptAt(ctx context.Context, p *peer, rule repeat, limit time.Duration, c
 		defer cancel()
 	}
 	if err = call(attemptCtx, p); err == nil {
-		return false, nil
+		return false, true, nil
 	}
+	sent = a.sent.Load()
 	hung := attemptCtx.Err() != nil && ctx.Err() == nil
-	return hung || rule.mayRepeat(err, a.sent.Load()), err
+	return hung || rule.mayRepeat(err, sent), sent, err
 }
 
 // attempt is what one attempt is known to have done.
