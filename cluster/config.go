@@ -63,13 +63,21 @@ type Timers struct {
 	Heartbeat time.Duration
 	// DiskLimit is the longest a write of the log may take before the peer stops acting as a leader. Default 2 s.
 	DiskLimit time.Duration
+	// DiskDead is the longest a write may hang before the peer ends, because what holds its files cannot be
+	// undone. Default 10 s; at least DiskLimit.
+	DiskDead time.Duration
 	// LeaderWait is the longest a call waits for a leader to be elected. Default 3 s.
 	LeaderWait time.Duration
 	// DeadPeerAfter is how long a peer must be out of reach, for gossip and for the leader alike, until it is
 	// removed from the cluster. Default 24 h; negative means never.
 	DeadPeerAfter time.Duration
+	// Stabilization is how long a new peer must have been in touch with the leader until it becomes a voter.
+	// Default 2 s. Peers that form a cluster together vote at once.
+	Stabilization time.Duration
 	// JoinRetry is the longest pause between two attempts to join. Default 5 s.
 	JoinRetry time.Duration
+	// CompareStates is how often a peer compares the hash of its state with those of the voters. Default 5 s.
+	CompareStates time.Duration
 	// Shutdown bounds each step of a planned stop: the transfer of leadership, calls in flight. Default 3 s.
 	Shutdown time.Duration
 }
@@ -121,9 +129,12 @@ func (c Config) withDefaults() Config {
 	t := &c.Timers
 	set(&t.Heartbeat, 250*time.Millisecond)
 	set(&t.DiskLimit, 2*time.Second)
+	set(&t.DiskDead, 10*time.Second)
 	set(&t.LeaderWait, 3*time.Second)
 	set(&t.DeadPeerAfter, 24*time.Hour)
+	set(&t.Stabilization, 2*time.Second)
 	set(&t.JoinRetry, 5*time.Second)
+	set(&t.CompareStates, 5*time.Second)
 	set(&t.Shutdown, 3*time.Second)
 	s := &c.Snapshots
 	set(&s.Threshold, 16384)
@@ -205,7 +216,8 @@ func (c Config) raftConfig() *raft.Config {
 	out := raft.DefaultConfig()
 	out.LocalID = raft.ServerID(c.ID)
 	out.HeartbeatTimeout = c.Timers.Heartbeat
-	out.ElectionTimeout = c.Timers.Heartbeat
+	// Not shorter than the heartbeat timeout, which the vigil varies.
+	out.ElectionTimeout = c.Timers.Heartbeat + nudgeStep
 	out.LeaderLeaseTimeout = c.Timers.Heartbeat
 	out.CommitTimeout = c.commitTimeout
 	out.MaxAppendEntries = maxAppendEntries

@@ -55,11 +55,17 @@
 //
 // # Disks
 //
-// Log entries carry a checksum, because bbolt has none: a flipped bit stops the
-// peer instead of being applied. A write that takes longer than a limit makes
-// the peer stop sending until the write returns, so that the others elect
-// another leader: heartbeats do not touch the disk and would hide it forever
-// (store.go).
+// Log, term and votes are in one file that notices damage (raftfile); snapshots
+// are recorded in it (snapshotstore.go). Everything is read and checked before
+// Raft starts. A write that takes longer than a limit makes the peer stop sending
+// until the write returns, so that the others elect another leader: heartbeats do
+// not touch the disk and would hide it forever. A write that does not return, or
+// fails, ends the peer; a disk without room does not (diskwatch.go, diskspace.go,
+// diskstop.go). hashicorp/raft would panic where it cannot read or write: its
+// goroutine is ended there instead.
+//
+// A cluster that lost its quorum for good is recovered from the files of one peer
+// (recover.go).
 //
 // # Forwarding
 //

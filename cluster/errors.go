@@ -15,11 +15,11 @@ import (
 // The details of errors of this package.
 const (
 	// DetailOutcome says whether a write may have happened: OutcomeFailed or OutcomeUnknown.
-	DetailOutcome = "outcome"
+	DetailOutcome = apierror.DetailOutcome
 	// OutcomeFailed: the write did not happen and never will.
-	OutcomeFailed = "failed"
+	OutcomeFailed = apierror.OutcomeFailed
 	// OutcomeUnknown: the write may have happened, or may still happen; repeat it with the same request id.
-	OutcomeUnknown = "unknown"
+	OutcomeUnknown = apierror.OutcomeUnknown
 	// DetailLeader is the leader's id, when it is known.
 	DetailLeader = "leader_id"
 	// DetailLeaderAddress is host:port of the leader's API, when it is known.
@@ -35,10 +35,12 @@ func (p *Peer) noLeader() *apierror.Error {
 	switch {
 	case p.role.closing.Load():
 		e = apierror.New(code, "peer %s is shutting down", p.cfg.ID).Next("repeat the call at another peer")
+	case p.disk.hanging.Load() > 0:
+		e = apierror.New(code, "the disk of peer %s hangs", p.cfg.ID).Next("repeat the call at another peer; look at the disk of %s", p.cfg.ID)
 	case p.role.outside.Load():
 		e = apierror.New(code, "peer %s is not part of the cluster any more", p.cfg.ID).
 			With("removed", "true").
-			Next("ask another peer; restart this one to let it join again, or stop it")
+			Next("ask another peer; %s", p.backIn())
 	case id == p.cfg.ID:
 		e = apierror.New(code, "peer %s was elected a moment ago and does not serve yet", p.cfg.ID).Next("repeat the call")
 	case id != "":
@@ -94,6 +96,8 @@ func (p *Peer) raftError(err error) error {
 			With(DetailOutcome, OutcomeFailed).Next("look at the restored state and repeat the call")
 	case errors.Is(err, raft.ErrLeadershipLost), errors.Is(err, raft.ErrRaftShutdown):
 		return unknown(code, "leadership was lost during the call")
+	case foundNoRoom(err) && p.disk.space.Load() != nil:
+		return p.diskFull(p.disk.space.Load())
 	default:
 		return unknown(code, "the leader could not write its log: "+err.Error())
 	}

@@ -4,10 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"strings"
 	"time"
 
 	"github.com/hashicorp/raft"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/wasmatrix/wasmatrix/cluster/gossip"
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
@@ -23,6 +25,8 @@ const (
 	joinLimit = 15 * time.Second
 	// askLimit bounds a question to another peer that must not hold up anything.
 	askLimit = 2 * time.Second
+	// voteRetries is how often, in the stabilization time, a peer asks for its vote.
+	voteRetries = 8
 )
 
 // step is what a peer without a past does next.
@@ -86,10 +90,13 @@ func (p *Peer) settle(ctx context.Context, n *node) error {
 			return err
 		}
 	}
-	return p.stay(ctx, n)
+	group, gctx := errgroup.WithContext(ctx)
+	group.Go(func() error { p.rise(gctx, n); return nil })
+	group.Go(func() error { p.stay(gctx, n); return nil })
+	return group.Wait()
 }
 
-// form bootstraps or joins. It returns when this peer may vote, or ctx ended.
+// form bootstraps or joins. It returns when this peer has its place, or ctx ended.
 func (p *Peer) form(ctx context.Context, n *node) error {
 	retry := firstJoinRetry
 	var said string
@@ -151,8 +158,8 @@ func (p *Peer) settled(n *node) error {
 	return nil
 }
 
-// join asks a peer of the cluster to be added, catches up, and asks to become a
-// voter. Any error is worth another try.
+// join asks a peer of the cluster to be added, and catches up. Any error is worth
+// another try.
 func (p *Peer) join(ctx context.Context, n *node) error {
 	index, err := p.askToJoin(ctx)
 	if err != nil {
@@ -167,15 +174,33 @@ func (p *Peer) join(ctx context.Context, n *node) error {
 		return err
 	}
 	p.log.Info("joined the cluster", "index", index)
-	for !p.cfg.NonVoter {
-		if s, ok := p.suffrage(p.cfg.ID); ok && s == raft.Voter {
-			break
-		}
-		if err := p.askForVote(ctx, n); err != nil {
-			return err
-		}
-	}
+	p.changed.notify()
 	return nil
+}
+
+// rise asks to become a voter as long as this peer shall be one and is none,
+// until ctx ends.
+func (p *Peer) rise(ctx context.Context, n *node) {
+	said := ""
+	for ctx.Err() == nil {
+		changed := p.changed.wait()
+		leader, _ := p.Leader()
+		suffrage, member := p.suffrage(p.cfg.ID)
+		if p.cfg.NonVoter || leader == "" || !member || suffrage == raft.Voter {
+			pause(ctx, waitingLog, changed)
+			continue
+		}
+		err := p.askForVote(ctx, n)
+		switch {
+		case err == nil:
+			p.log.Info("this peer votes now")
+			continue
+		case ctx.Err() == nil && err.Error() != said:
+			said = err.Error()
+			p.log.Info("this peer does not vote yet", "reason", said)
+		}
+		pause(ctx, max(p.cfg.Timers.Stabilization/voteRetries, catchUpPoll), nil)
+	}
 }
 
 // askToJoin asks the members that have a history, one after the other; each of
@@ -194,6 +219,7 @@ func (p *Peer) askToJoin(ctx context.Context) (uint64, error) {
 		asked := p.ask(ctx, joinLimit, m.Metadata.GetApiAddress(), func(ctx context.Context, c pb.ClusterServiceClient) (err error) {
 			resp, err = c.Join(ctx, &pb.JoinRequest{
 				PeerId: p.cfg.ID, RaftAddress: self.Metadata.GetRaftAddress(), ApiAddress: p.cfg.APIAdvertise, NonVoter: p.cfg.NonVoter,
+				ClusterId: p.incarnation.String(),
 			})
 			return err
 		})
@@ -259,11 +285,14 @@ func (p *Peer) ask(ctx context.Context, limit time.Duration, address string, cal
 	return call(ctx, pb.NewClusterServiceClient(conn))
 }
 
-// stay notices when the others do not count this peer in any more. A peer that
-// was started in that state joins again: whoever started it wants it in. A peer
-// that had its place for a while was removed on purpose; it says so and stays
-// out. A last message of the leader to a peer that it has just removed is no place.
-func (p *Peer) stay(ctx context.Context, n *node) error {
+// stay notices when the others do not count this peer in any more, until ctx
+// ends. A peer that lost its place before it had it for a while joins again; one
+// that had it was removed on purpose, or for being dead too long: it says so and
+// stays out, also after a restart, until it forgets its past. A last message of
+// the leader to a peer that it has just removed is no place.
+func (p *Peer) stay(ctx context.Context, n *node) {
+	// It has had its place before it was started this time.
+	p.role.settled.Store(!n.settle)
 	grace := max(8*p.cfg.Timers.Heartbeat, time.Second)
 	var led time.Time
 	for ctx.Err() == nil {
@@ -291,7 +320,6 @@ func (p *Peer) stay(ctx context.Context, n *node) error {
 		}
 		pause(ctx, grace, changed)
 	}
-	return nil
 }
 
 func (p *Peer) outside(ctx context.Context, n *node) {
@@ -303,9 +331,16 @@ func (p *Peer) outside(ctx context.Context, n *node) {
 		return
 	}
 	if !p.role.outside.Swap(true) {
-		p.log.Error("this peer was removed from the cluster: it answers with NO_LEADER until it is stopped, or restarted to join again")
+		p.log.Error("this peer was removed from the cluster, by an operator or because it was dead for longer than dead_peer_after, and is not let in again",
+			"try", p.backIn())
 		p.changed.notify()
 	}
+}
+
+// backIn says how a removed peer gets back into the cluster.
+func (p *Peer) backIn() string {
+	return fmt.Sprintf("to add it again, stop it, remove the directory %s and start it: it joins as a new peer; else stop it for good",
+		filepath.Join(p.cfg.DataDir, "raft"))
 }
 
 // isOutside asks the live members whether the cluster has a leader and does not

@@ -5,6 +5,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/hashicorp/raft"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
@@ -50,7 +51,7 @@ func (p *Peer) waitLeaderConn(ctx context.Context) (grpc.ClientConnInterface, er
 	for {
 		changed := p.changed.wait()
 		conn, err := p.LeaderConn(ctx)
-		if err == nil || p.role.closing.Load() || p.role.outside.Load() {
+		if err == nil || p.role.closing.Load() || p.role.outside.Load() || p.disk.hanging.Load() > 0 {
 			return conn, err
 		}
 		select {
@@ -75,13 +76,32 @@ func (p *Peer) ForwardUnary() grpc.UnaryServerInterceptor {
 			return next(ctx, req)
 		}
 		if by := metadata.ValueFromIncomingContext(ctx, hopKey); len(by) > 0 {
-			if p.IsLeader() {
+			if p.waitReign(ctx) {
 				return next(ctx, req)
 			}
 			return nil, p.noLeader().With(detailHop, by[0])
 		}
 		f := &forwarded{peer: p, method: info.FullMethod, req: req, reply: reply}
-		return f.run(ctx, next)
+		out, err := f.run(ctx, next)
+		if err != nil && !f.reads() {
+			err = f.attempts.Conclude(ctx, err, requestID(req))
+		}
+		return out, err
+	}
+}
+
+// waitReign reports whether this peer leads. One that was elected a moment ago
+// waits until it has seen what was committed before.
+func (p *Peer) waitReign(ctx context.Context) bool {
+	for {
+		changed := p.changed.wait()
+		r := p.raft.Load()
+		switch {
+		case p.IsLeader():
+			return true
+		case r == nil || r.State() != raft.Leader || p.role.closing.Load() || !pause(ctx, time.Hour, changed):
+			return false
+		}
 	}
 }
 
@@ -91,10 +111,12 @@ type forwarded struct {
 	method string
 	req    any
 	reply  protoreflect.MessageType
+	// attempts is what became of a write so far.
+	attempts apierror.Attempts
 }
 
 // run finds the leader and makes the call. It tries again only when that cannot
-// do anything twice.
+// do anything twice, so that an election looks to the caller like a slow call.
 func (f *forwarded) run(ctx context.Context, next grpc.UnaryHandler) (any, error) {
 	limit := f.peer.cfg.Timers.LeaderWait
 	if end, bounded := ctx.Deadline(); bounded {
@@ -109,13 +131,16 @@ func (f *forwarded) run(ctx context.Context, next grpc.UnaryHandler) (any, error
 		if err != nil {
 			return nil, err
 		}
+		var reply any
 		if conn == nil {
-			return next(ctx, f.req)
+			reply, err = next(ctx, f.req)
+		} else {
+			reply, err = f.call(ctx, conn)
 		}
-		reply, err := f.call(ctx, conn)
 		if err == nil || !f.mayRepeat(err) {
 			return reply, err
 		}
+		f.attempts.Note(apierror.OfWrite(ctx, err, ""))
 		// The leader that answered, or did not, may still count as the leader here.
 		if !pause(wait, leaderRetry, changed) {
 			return nil, err
@@ -129,10 +154,32 @@ const leaderRetry = 50 * time.Millisecond
 
 func (f *forwarded) call(ctx context.Context, conn grpc.ClientConnInterface) (proto.Message, error) {
 	reply := f.reply.New().Interface()
-	if err := conn.Invoke(f.peer.hop(ctx), f.method, f.req, reply); err != nil {
+	until, stop := f.peer.whileLed(ctx, f.isRepeatable())
+	defer stop()
+	if err := conn.Invoke(f.peer.hop(until), f.method, f.req, reply); err != nil {
 		return nil, f.lost(ctx, err)
 	}
 	return reply, nil
+}
+
+// whileLed returns a context that also ends when another peer is known to lead:
+// a leader that is paused or cut off does not answer, and does not refuse either.
+func (p *Peer) whileLed(ctx context.Context, repeatable bool) (context.Context, context.CancelFunc) {
+	if !repeatable {
+		return ctx, func() {}
+	}
+	out, stop := context.WithCancel(ctx)
+	leader, _ := p.Leader()
+	go func() {
+		defer stop()
+		for {
+			changed := p.changed.wait()
+			if now, _ := p.Leader(); now != "" && now != leader || !pause(out, time.Hour, changed) {
+				return
+			}
+		}
+	}()
+	return out, stop
 }
 
 // hop is the context of a call that this peer passes on for the caller of ctx.
@@ -145,27 +192,61 @@ func (p *Peer) hop(ctx context.Context) context.Context {
 	return identity.ForwardCaller(out)
 }
 
-// lost turns the loss of the connection into NO_LEADER with an unknown outcome;
-// what the leader itself answered stays as it is.
+// lost turns the loss of the connection into NO_LEADER with an unknown outcome,
+// and the end of the caller's time during a write into an unknown one too; what
+// the leader itself answered stays as it is.
 func (f *forwarded) lost(ctx context.Context, err error) error {
 	st, ok := status.FromError(err)
-	if !ok || len(st.Details()) > 0 || ctx.Err() != nil {
+	if !ok || len(st.Details()) > 0 {
 		return err
 	}
+	if ctx.Err() != nil {
+		if f.reads() {
+			return err
+		}
+		return contextError(ctx)
+	}
 	if code := st.Code(); code != codes.Unavailable && code != codes.Canceled {
-		return err
+		if f.reads() {
+			return err
+		}
+		// Where the call was cut short is not known, so neither is its effect.
+		return unknown(apierror.CodeOf(err), "the call to the leader failed: "+st.Message())
 	}
 	return unknown(pb.ErrorCode_ERROR_CODE_NO_LEADER, "the leader could not be reached, or went away during the call: "+st.Message())
 }
 
-// mayRepeat reports whether the handler certainly did not run, or only reads.
+// mayRepeat reports whether the call failed for want of a leader, and doing it
+// again does nothing twice.
 func (f *forwarded) mayRepeat(err error) bool {
 	e := apierror.From(err)
 	if e.Code() != pb.ErrorCode_ERROR_CODE_NO_LEADER {
 		return false
 	}
+	return f.isRepeatable() || e.Detail(detailHop) != ""
+}
+
+// isRepeatable reports whether the request only reads, or has an id by which its
+// repetition is known.
+func (f *forwarded) isRepeatable() bool {
+	if identified, ok := f.req.(interface{ GetRequestId() string }); ok && identified.GetRequestId() != "" {
+		return true
+	}
+	return f.reads()
+}
+
+// reads reports whether the call changes nothing.
+func (f *forwarded) reads() bool {
 	_, reads := f.req.(reader)
-	return reads || e.Detail(detailHop) != ""
+	return reads
+}
+
+// requestID returns the id by which a write can be repeated, or "".
+func requestID(req any) string {
+	if r, ok := req.(interface{ GetRequestId() string }); ok {
+		return r.GetRequestId()
+	}
+	return ""
 }
 
 // reader is a request that changes nothing and says how fresh the answer must be.
@@ -185,6 +266,7 @@ func leaderMethods() map[string]protoreflect.MessageType {
 		pb.ControlPlaneService_Invoke_FullMethodName:       true,
 		pb.ControlPlaneService_CallProvider_FullMethodName: true,
 		pb.ClusterService_Status_FullMethodName:            true,
+		pb.ClusterService_StateHash_FullMethodName:         true,
 	}
 	out := map[string]protoreflect.MessageType{}
 	for _, service := range []grpc.ServiceDesc{pb.ControlPlaneService_ServiceDesc, pb.ClusterService_ServiceDesc} {

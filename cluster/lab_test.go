@@ -3,6 +3,7 @@ package cluster
 import (
 	"bytes"
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"log/slog"
@@ -40,7 +41,9 @@ func TestMain(m *testing.M) {
 	goleak.VerifyTestMain(m)
 }
 
-const testHeartbeat = 250 * time.Millisecond
+// testHeartbeat is longer than the default: several clusters share a process, and
+// the race detector slows them down.
+const testHeartbeat = 400 * time.Millisecond
 
 // lab is a cluster of peers over loopback TLS, with files in temporary
 // directories and a gossip that never lies unless it is told to.
@@ -134,7 +137,7 @@ func (l *lab) start(id string, change ...func(*Config)) *running {
 	cfg := Config{
 		ID: id, Cluster: "test", Version: "test", DataDir: l.dirs[id],
 		RaftBind: "127.0.0.1:0", APIAdvertise: listener.Addr().String(),
-		Timers:   Timers{Heartbeat: testHeartbeat, JoinRetry: 500 * time.Millisecond},
+		Timers:   Timers{Heartbeat: testHeartbeat, JoinRetry: 500 * time.Millisecond, Stabilization: 50 * time.Millisecond},
 		Identity: l.identity(identity.Subject{Kind: identity.Node, Name: id, Role: identity.RoleServer}),
 		Logger:   l.logs,
 		Seams:    Seams{Members: l.hub.source(id)},
@@ -155,7 +158,7 @@ func (l *lab) start(id string, change ...func(*Config)) *running {
 	peer.Register(r.server)
 	pb.RegisterControlPlaneServiceServer(r.server, &testAPI{peer: r})
 	go func() {
-		if err := r.server.Serve(listener); err != nil {
+		if err := r.server.Serve(listener); err != nil && !errors.Is(err, grpc.ErrServerStopped) {
 			l.Errorf("serve %s: %v", id, err)
 		}
 	}()
@@ -296,7 +299,8 @@ func (l *lab) put(id string) *pb.CommandResult {
 		defer cancel()
 		var err error
 		result, err = l.leader().Propose(ctx, write(id))
-		if err != nil && apierror.CodeOf(err) != pb.ErrorCode_ERROR_CODE_NO_LEADER {
+		code := apierror.CodeOf(err)
+		if err != nil && code != pb.ErrorCode_ERROR_CODE_NO_LEADER && code != pb.ErrorCode_ERROR_CODE_TIMEOUT {
 			l.Fatalf("write %s: %v", id, err)
 		}
 		return err == nil
@@ -309,6 +313,18 @@ func (l *lab) everywhere(id string) {
 	l.Helper()
 	for name, p := range l.peers {
 		l.eventually(name+" has "+id, func() bool { return has(p.state.View(), id) })
+	}
+}
+
+// quiet waits until the leader's duties have written what a new cluster needs, on
+// all peers.
+func (l *lab) quiet() {
+	l.Helper()
+	for name, p := range l.peers {
+		l.eventually(name+" has the identity of the cluster and all peers", func() bool {
+			view := p.state.View()
+			return view.ClusterID() != "" && len(view.Peers(nil)) == len(p.servers())
+		})
 	}
 }
 

@@ -83,7 +83,7 @@ func (p *Peer) rule(ctx context.Context, r *raft.Raft) error {
 	p.role.leads.Store(true)
 	p.changed.notify()
 	group, gctx := errgroup.WithContext(ctx)
-	for _, duty := range append([]Duty{p.membershipDuty}, p.duties...) {
+	for _, duty := range append([]Duty{p.membershipDuty, p.incarnationDuty, p.diskDuty}, p.duties...) {
 		group.Go(func() error { return duty(gctx) })
 	}
 	err := group.Wait()
@@ -97,19 +97,34 @@ func (p *Peer) rule(ctx context.Context, r *raft.Raft) error {
 // others have elected one. It reports whether leadership was lost and, if so,
 // whether it was won again.
 func (p *Peer) resign(ctx context.Context, n *node) (again, lost bool) {
-	if err := p.handOver(ctx, n.raft); err != nil {
+	err := p.handOver(ctx, n.raft)
+	if errors.Is(err, raft.ErrLeadershipTransferInProgress) {
+		// Duties fail while somebody else hands leadership over: that must not be
+		// disturbed. Raft gives it up after an election timeout.
+		if again, lost := p.awaitLoss(ctx, n, 2*p.cfg.Timers.Heartbeat); lost {
+			return again, true
+		}
+		err = p.handOver(ctx, n.raft)
+	}
+	if err != nil {
 		p.log.Warn("leadership was not handed over, falling silent", "error", err)
 		n.guard.seal()
 		defer n.guard.unseal()
 	}
-	limit := time.NewTimer(10 * p.cfg.Timers.Heartbeat)
-	defer limit.Stop()
+	return p.awaitLoss(ctx, n, 10*p.cfg.Timers.Heartbeat)
+}
+
+// awaitLoss waits until leadership is lost, and reports whether it was and, if
+// so, whether it was won again.
+func (p *Peer) awaitLoss(ctx context.Context, n *node, limit time.Duration) (again, lost bool) {
+	timer := time.NewTimer(limit)
+	defer timer.Stop()
 	select {
 	case <-ctx.Done():
 		return false, true
 	case leads := <-n.raft.LeaderCh():
 		return leads, true
-	case <-limit.C:
+	case <-timer.C:
 		return false, false
 	}
 }
@@ -140,10 +155,12 @@ func (p *Peer) handOver(ctx context.Context, r *raft.Raft) error {
 	}
 }
 
-// contacts is which followers the leader cannot reach.
+// contacts is which followers the leader reaches, and which it does not.
 type contacts struct {
 	mu   sync.Mutex
 	lost map[string]bool
+	// steady is since when those that are not lost have been in touch.
+	steady map[string]time.Time
 }
 
 func (c *contacts) set(id string, lost bool) (changed bool) {
@@ -151,7 +168,20 @@ func (c *contacts) set(id string, lost bool) (changed bool) {
 	defer c.mu.Unlock()
 	changed = c.lost[id] != lost
 	c.lost[id] = lost
+	if lost {
+		delete(c.steady, id)
+	} else {
+		c.steady[id] = time.Now()
+	}
 	return changed
+}
+
+// steadySince returns since when the leader has reached a follower without
+// interruption; zero when it does not.
+func (c *contacts) steadySince(id string) time.Time {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.steady[id]
 }
 
 func (c *contacts) isLost(id string) bool {
@@ -194,7 +224,7 @@ func (p *Peer) note(o raft.Observation) {
 	case raft.ResumedHeartbeatObservation:
 		changed = p.role.contacts.set(string(data.PeerID), false)
 	case raft.PeerObservation:
-		p.role.contacts.set(string(data.Peer.ID), false)
+		p.role.contacts.set(string(data.Peer.ID), data.Removed)
 	}
 	if changed {
 		p.changed.notify()

@@ -435,3 +435,19 @@ func TestMoreThanOneReaderSharesABarrier(t *testing.T) {
 		t.Error("a reader joined a barrier that was started before it arrived")
 	}
 }
+
+func TestLeaderStopsWhileAFollowerIsLost(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	leader := l.three()
+	lost := l.other(leader)
+	lost.crash()
+	l.eventually("the leader misses the follower", func() bool { return leader.role.contacts.isLost(lost.cfg.ID) })
+	l.put("meanwhile")
+	leader.cancel()
+	select {
+	case <-leader.done:
+	case <-time.After(15 * time.Second):
+		t.Fatal("the leader waits for a follower that is gone")
+	}
+}

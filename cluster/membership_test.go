@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -45,6 +47,59 @@ func TestMayRemove(t *testing.T) {
 				t.Errorf("%q, want %q", got, tt.says)
 			}
 		})
+	}
+}
+
+// Whatever dies, and in whatever order and company: each removal can be committed
+// by those that live, and what remains has a quorum of live voters.
+func TestDeadPeersAreRemovedOnlyWhileAQuorumLives(t *testing.T) {
+	for size := 1; size <= 7; size++ {
+		for dead := range 1 << size {
+			for later := range 1 << size {
+				removeAll(t, size, dead, dead|later)
+			}
+		}
+	}
+}
+
+// removeAll removes one dead peer after the other; before the second removal
+// those in later have died too.
+func removeAll(t *testing.T, size, dead, later int) {
+	t.Helper()
+	var servers []raft.Server
+	for i := range size {
+		servers = append(servers, raft.Server{ID: raft.ServerID(fmt.Sprint(i))})
+	}
+	for round := 0; ; round++ {
+		if round == 1 {
+			dead = later
+		}
+		since, live := map[string]time.Time{}, 0
+		for _, s := range servers {
+			if i, _ := strconv.Atoi(string(s.ID)); dead>>i&1 == 1 {
+				since[string(s.ID)] = time.Unix(int64(i), 0)
+			} else {
+				live++
+			}
+		}
+		id, _ := longestDead(since)
+		why := "nobody is dead"
+		if id != "" {
+			why = mayRemove(servers, id, func(s string) bool { _, gone := since[s]; return !gone })
+		}
+		before := len(servers)
+		quorum, rest := before/2+1, (before-1)/2+1
+		switch {
+		case why == "" && (live < quorum || live < rest):
+			t.Fatalf("of %d voters %d live, and one was removed", before, live)
+		case why == "" && before == 1:
+			t.Fatal("the only voter was removed")
+		case why != "" && id != "" && live >= quorum:
+			t.Fatalf("of %d voters %d live, and a dead one was kept: %s", before, live, why)
+		case why != "":
+			return
+		}
+		servers = slices.DeleteFunc(servers, func(s raft.Server) bool { return string(s.ID) == id })
 	}
 }
 
@@ -197,34 +252,157 @@ func TestForgedAddressDoesNotReachTheRegistry(t *testing.T) {
 	}
 }
 
-func TestRemovedPeerNoticesAndJoinsAgainWhenRestarted(t *testing.T) {
-	t.Parallel()
-	l := newLab(t)
-	leader := l.three()
+// removeOne removes a follower that has had its place for a while.
+func (l *lab) removeOne(leader *running) *running {
+	l.Helper()
 	removed := l.other(leader)
 	id := removed.cfg.ID
 	l.eventually(id+" has had its place for a while", func() bool { return removed.role.settled.Load() })
 	cluster := pb.NewClusterServiceClient(l.admin(leader))
-	if _, err := cluster.Remove(t.Context(), &pb.RemoveRequest{PeerId: id}); err != nil {
-		t.Fatal(err)
-	}
-	if _, ok := leader.state.View().Peer(id); ok {
-		t.Error("the registry still has the removed peer")
-	}
+	l.eventually(id+" is removed", func() bool {
+		_, err := cluster.Remove(l.Context(), &pb.RemoveRequest{PeerId: id})
+		code := apierror.CodeOf(err)
+		switch {
+		case err == nil, code == pb.ErrorCode_ERROR_CODE_NODE_NOT_FOUND:
+			return true
+		case code != pb.ErrorCode_ERROR_CODE_NO_LEADER: // else an election came between
+			l.Fatal(err)
+		}
+		return false
+	})
+	l.eventually("the registry has forgotten "+id, func() bool {
+		_, known := l.leader().state.View().Peer(id)
+		return !known
+	})
+	return removed
+}
+
+// saysRemoved waits until a peer tells that it was removed, and how it gets back.
+func (l *lab) saysRemoved(p *running) {
+	l.Helper()
 	l.eventually("the removed peer says so", func() bool {
-		_, err := removed.Propose(t.Context(), write("w"))
+		_, err := p.Propose(l.Context(), write("w"))
 		return strings.Contains(err.Error(), "not part of the cluster")
 	})
-	api := pb.NewControlPlaneServiceClient(l.admin(removed))
-	_, err := api.ListProviders(t.Context(), &pb.ListProvidersRequest{})
-	if e := apierror.From(err); e.Code() != pb.ErrorCode_ERROR_CODE_NO_LEADER || e.Detail("removed") != "true" {
-		t.Errorf("a call to the removed peer: %v", err)
+	api := pb.NewControlPlaneServiceClient(l.admin(p))
+	_, err := api.ListProviders(l.Context(), &pb.ListProvidersRequest{})
+	e := apierror.From(err)
+	if e.Code() != pb.ErrorCode_ERROR_CODE_NO_LEADER || e.Detail("removed") != "true" {
+		l.Errorf("a call to the removed peer: %v", err)
 	}
+	if way := e.Proto(l.Context()).GetNextStep(); !strings.Contains(way, filepath.Join(p.cfg.DataDir, "raft")) {
+		l.Errorf("it says to try %q", way)
+	}
+}
+
+func TestRemovedPeerStaysOutUntilItForgetsItsPast(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	leader := l.three()
+	removed := l.removeOne(leader)
+	id := removed.cfg.ID
+	l.saysRemoved(removed)
 	removed.stop()
 	l.put("meanwhile")
-	l.start(id)
+
+	again := l.start(id, expect(3))
+	l.saysRemoved(again)
+	if _, member := leader.suffrage(id); member {
+		t.Errorf("%s was let in again with the disk of before", id)
+	}
+	again.stop()
+
+	l.dirs[id] = t.TempDir()
+	l.start(id, expect(3))
 	l.voters("n1", "n2", "n3")
 	l.everywhere("meanwhile")
+}
+
+// A machine is replaced by another under the same name and at another address.
+func TestPeerIsReplacedUnderItsName(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	leader := l.three()
+	removed := l.removeOne(leader)
+	id := removed.cfg.ID
+	removed.stop()
+	l.dirs[id] = t.TempDir()
+	next := l.start(id)
+	l.voters("n1", "n2", "n3")
+	l.put("after")
+	l.everywhere("after")
+	l.eventually("the registry has its new address", func() bool {
+		record, ok := l.leader().state.View().Peer(id)
+		return ok && record.GetApiAddress() == next.cfg.APIAdvertise
+	})
+}
+
+func TestNewPeerVotesOnlyWhenItHasBeenInTouchForAWhile(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	leader := l.three(func(c *Config) { c.Timers.Stabilization = time.Hour })
+	p := l.start("n4")
+	l.put("w")
+	l.everywhere("w")
+	l.eventually("n4 replicates", func() bool { s, ok := leader.suffrage("n4"); return ok && s == raft.Nonvoter })
+	_, err := pb.NewClusterServiceClient(l.admin(leader)).Promote(t.Context(), &pb.PromoteRequest{PeerId: "n4"})
+	if apierror.CodeOf(err) != pb.ErrorCode_ERROR_CODE_CONFLICT || !strings.Contains(err.Error(), "in touch with the leader for 1h") {
+		t.Errorf("a promotion at once: %v", err)
+	}
+	p.crash()
+	l.eventually("the leader misses n4", func() bool { return leader.role.contacts.steadySince("n4").IsZero() })
+	_, err = pb.NewClusterServiceClient(l.admin(leader)).Promote(t.Context(), &pb.PromoteRequest{PeerId: "n4"})
+	if apierror.CodeOf(err) != pb.ErrorCode_ERROR_CODE_CONFLICT || !strings.Contains(err.Error(), "not in touch") {
+		t.Errorf("a promotion of a peer that is down: %v", err)
+	}
+	l.voters("n1", "n2", "n3")
+}
+
+// A peer that was stopped after it had joined, and before it voted, still
+// becomes a voter.
+func TestInterruptedJoinIsFinishedAfterARestart(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	patience := 1500 * time.Millisecond
+	leader := l.three(func(c *Config) { c.Timers.Stabilization = patience })
+	began := time.Now()
+	p := l.start("n4")
+	l.eventually("n4 has its place", func() bool { return p.role.mayVote.Load() })
+	p.crash()
+	l.start("n4")
+	l.voters("n1", "n2", "n3", "n4")
+	if took := time.Since(began); took < patience {
+		t.Errorf("n4 votes after %s, and must have been in touch with %s for %s", took, leader.cfg.ID, patience)
+	}
+}
+
+// A disk of an old cluster among new ones: nobody forms a second cluster beside
+// it, and nobody forgets the old one.
+func TestOldDiskAmongNewOnesKeepsThemFromFormingACluster(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	l.three()
+	l.put("precious")
+	l.everywhere("precious")
+	for _, id := range []string{"n1", "n2", "n3"} {
+		l.peers[id].stop()
+	}
+	kept := l.dirs["n2"]
+	l.dirs = map[string]string{"n2": kept}
+	for _, id := range []string{"n1", "n2", "n3"} {
+		l.start(id, expect(3))
+	}
+	quiet, cancel := context.WithTimeout(t.Context(), 8*testHeartbeat)
+	defer cancel()
+	<-quiet.Done()
+	for id, p := range l.peers {
+		if leader, _ := p.Leader(); leader != "" || id != "n2" && len(p.servers()) != 0 {
+			t.Errorf("%s has the servers %v and the leader %q", id, p.servers(), leader)
+		}
+	}
+	if !has(l.peers["n2"].state.View(), "precious") && l.peers["n2"].raft.Load().LastIndex() < 3 {
+		t.Error("the old disk is not as it was")
+	}
 }
 
 func TestRemoveKeepsTheQuorumUnlessForced(t *testing.T) {
@@ -262,11 +440,8 @@ func TestDeadPeerIsRemovedAfterItsTime(t *testing.T) {
 		_, known := leader.state.View().Peer(dead.cfg.ID)
 		return !member && !known
 	})
-	// Two are left; when one of them dies nothing may be removed any more.
 	l.put("two-are-enough")
-	l.start(dead.cfg.ID)
-	l.voters("n1", "n2", "n3")
-	l.everywhere("two-are-enough")
+	l.saysRemoved(l.start(dead.cfg.ID))
 }
 
 func TestPeerThatOnlyGossipMissesIsKept(t *testing.T) {

@@ -159,6 +159,7 @@ func TestNothingIsCommittedBeforeTheLeaderHasIt(t *testing.T) {
 		l.start(id, expect(3), inMemory(disks[id]))
 	}
 	leader := l.leader()
+	l.quiet()
 	l.put("before")
 	l.everywhere("before")
 	disk := disks[leader.cfg.ID]

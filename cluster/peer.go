@@ -45,7 +45,10 @@ type Peer struct {
 	raft    atomic.Pointer[raft.Raft]
 	members atomic.Pointer[memberSource]
 	role    role
+	disk    diskState
 	fatal   chan error
+	// incarnation tells the cluster from others of its name.
+	incarnation incarnation
 }
 
 // memberSource lets an interface be stored atomically.
@@ -86,7 +89,7 @@ func New(cfg Config) (*Peer, error) {
 		flights: newFlights(),
 		fatal:   make(chan error, 1),
 	}
-	p.role.contacts.lost = map[string]bool{}
+	p.role.contacts.lost, p.role.contacts.steady = map[string]bool{}, map[string]time.Time{}
 	if p.dial == nil {
 		p.pool = cfg.Identity.NewPool(identity.Subject.IsPeer, rpc.DialOptions()...)
 		p.dial = func(address string) (grpc.ClientConnInterface, error) { return p.pool.Conn(address) }
@@ -130,21 +133,27 @@ func (p *Peer) IsLeader() bool {
 // Run runs the peer until ctx ends, and then hands leadership over, tells the
 // gossip that it leaves and releases everything; that returns nil. It returns
 // an error when the peer cannot start or must not go on: files that cannot be
-// opened, a damaged log (ErrCorrupt), a command it does not know. Call it once.
+// opened, damaged files (ErrCorrupt), a disk that hangs or fails (ErrDiskHangs,
+// ErrDiskFailed), a command it does not know. Call it once.
 func (p *Peer) Run(ctx context.Context) (err error) {
 	if p.pool != nil {
 		defer func() { err = errors.Join(err, p.pool.Close()) }()
 	}
 	n, err := p.open()
 	if err != nil {
-		return err
+		return p.advise(err)
 	}
 
 	// The transport and the gossip outlive the rest: a planned stop needs both.
 	below, stopBelow := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopBelow()
 	base, bctx := errgroup.WithContext(below)
+	base.Go(func() error { n.border.run(bctx); return nil })
+	base.Go(func() error { n.vigil.run(bctx); return nil })
 	base.Go(func() error { n.guard.run(bctx); return nil })
+	if n.storage.space != nil {
+		base.Go(func() error { n.storage.space.run(bctx, p.IsLeader, p.disk.candidacy.setFull); return nil })
+	}
 	base.Go(func() error { return p.runGossip(bctx) })
 	err = p.serve(ctx, bctx, n)
 	err = errors.Join(err, p.stop(below, n))
@@ -155,6 +164,8 @@ func (p *Peer) Run(ctx context.Context) (err error) {
 // node is what Run has opened.
 type node struct {
 	raft    *raft.Raft
+	border  *border
+	vigil   *vigil
 	guard   *guard
 	herald  *herald
 	storage *storage
@@ -166,7 +177,10 @@ type node struct {
 // open opens files and sockets and starts Raft.
 func (p *Peer) open() (_ *node, err error) {
 	n := &node{}
-	if n.guard, err = p.openGuard(); err != nil {
+	if err := wasDiverged(p.cfg.DataDir); err != nil {
+		return nil, err
+	}
+	if n.border, n.vigil, n.guard, err = p.openTransport(); err != nil {
 		return nil, err
 	}
 	defer func() {
@@ -174,17 +188,12 @@ func (p *Peer) open() (_ *node, err error) {
 			err = errors.Join(err, n.guard.Close())
 		}
 	}()
-	watch := &diskWatch{limit: p.cfg.Timers.DiskLimit, damaged: p.fail}
-	watch.slow = func() {
-		p.log.Error("a write of the raft log hangs, this peer stops acting as a leader", "limit", watch.limit)
-		n.guard.seal()
-	}
-	watch.recovered = func() {
-		p.log.Warn("the raft log can be written again")
-		n.guard.unseal()
-	}
-	if n.storage, err = openStorage(p.cfg, watch); err != nil {
+	if n.storage, err = openStorage(p.cfg, p.watchDisk(n.guard)); err != nil {
 		return nil, err
+	}
+	p.disk.space.Store(n.storage.space)
+	if err = p.incarnation.open(n.storage.stable); err != nil {
+		return nil, errors.Join(err, n.storage.close())
 	}
 	defer func() {
 		if err != nil {
@@ -195,8 +204,10 @@ func (p *Peer) open() (_ *node, err error) {
 		return nil, err
 	}
 	p.role.mayVote.Store(!n.settle)
-	if err := n.storage.verify(); err != nil {
-		return nil, fmt.Errorf("%w: remove %s/raft and start again, the peer recovers from the others", err, p.cfg.DataDir)
+	if n.storage.space == nil {
+		if err := n.storage.verify(); err != nil {
+			return nil, err
+		}
 	}
 	history, err := n.storage.hasHistory()
 	if err != nil {
@@ -205,32 +216,38 @@ func (p *Peer) open() (_ *node, err error) {
 	if err := p.openMembers(string(n.guard.LocalAddr()), history); err != nil {
 		return nil, err
 	}
-	n.logs = newParallelLogs(n.storage.logs, p.leadsOthers, p.fail)
+	n.logs = newParallelLogs(&sealedLogs{LogStore: n.storage.logs, damaged: p.fail}, p.leadsOthers, p.fail)
 	n.guard.synced = n.logs.synced
 	n.herald = newHerald(n.guard, p.commitIndex, p.lastIndex)
 	logs, err := raft.NewLogCache(logCacheEntries, n.logs)
 	if err != nil {
 		return nil, fmt.Errorf("cache the raft log: %w", err)
 	}
-	n.raft, err = raft.NewRaft(p.cfg.raftConfig(), fsm.NewRaftFSM(p.state, p.fail), logs, n.storage.stable, n.storage.snapshots, n.herald)
-	if err != nil {
-		return nil, fmt.Errorf("start raft: %w", err)
+	if n.raft, err = p.startRaft(&lastResort{LogStore: logs, StableStore: n.storage.stable, SnapshotStore: n.storage.snapshots, stuck: &p.disk.stuck}, n.herald); err != nil {
+		return nil, err
 	}
 	p.role.leaderless.Store(time.Now().UnixNano())
 	p.raft.Store(n.raft)
 	return n, nil
 }
 
-func (p *Peer) openGuard() (*guard, error) {
+// openTransport opens the network below Raft. Closing the guard closes all of it.
+func (p *Peer) openTransport() (b *border, v *vigil, g *guard, err error) {
 	transport := p.cfg.Seams.Transport
 	if transport == nil {
-		var err error
 		where := &addresses{id: raft.ServerID(p.cfg.ID), hint: p.hintedAddress, known: p.recordedAddress}
 		if transport, err = openTransport(p.cfg, where); err != nil {
-			return nil, err
+			return nil, nil, nil, err
 		}
 	}
-	return newGuard(transport, &p.role.mayVote)
+	if b, err = newBorder(transport, &p.incarnation); err != nil {
+		return nil, nil, nil, err
+	}
+	if v, err = newVigil(b, p.cfg.ID, p.cfg.Timers.Heartbeat, p.changed, p.raft.Load); err != nil {
+		return nil, nil, nil, err
+	}
+	g, err = newGuard(v, &p.role.mayVote)
+	return b, v, g, err
 }
 
 // openMembers makes the gossip unless it was injected, and tells it about this peer.
@@ -271,8 +288,12 @@ func (p *Peer) serve(ctx, base context.Context, n *node) error {
 	})
 	group.Go(func() error { p.observe(gctx, n.raft); return nil })
 	group.Go(func() error { n.herald.run(gctx, p.appliedNext); return nil })
+	group.Go(func() error { n.vigil.watch(gctx, n.raft); return nil })
 	group.Go(func() error { p.lead(gctx, n); return nil })
+	group.Go(func() error { return p.keepIncarnation(gctx) })
+	group.Go(func() error { return p.compareStates(gctx) })
 	group.Go(func() error { p.runReads(gctx); return nil })
+	group.Go(func() error { return p.watchSuperseded(gctx) })
 	group.Go(func() error { return p.settle(gctx, n) })
 	return group.Wait()
 }
@@ -290,6 +311,9 @@ func (p *Peer) stop(ctx context.Context, n *node) error {
 		p.role.leads.Store(false)
 		p.changed.notify()
 	}()
+	if p.disk.ruined.Load() {
+		return p.abandon(ctx, n)
+	}
 	if n.raft.State() == raft.Leader {
 		limit, cancel := context.WithTimeout(ctx, p.cfg.Timers.Shutdown)
 		if err := p.handOver(limit, n.raft); err != nil {

@@ -2,7 +2,9 @@ package cluster
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"strconv"
 	"sync"
 	"time"
 
@@ -12,6 +14,7 @@ import (
 	"github.com/wasmatrix/wasmatrix/apierror"
 	"github.com/wasmatrix/wasmatrix/correlation"
 	"github.com/wasmatrix/wasmatrix/fsm"
+	"github.com/wasmatrix/wasmatrix/internal/plant"
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
 )
 
@@ -20,19 +23,31 @@ const enqueueLimit = 10 * time.Second
 
 // Propose commits a command and returns what it came to. It sets the command's
 // time, and its correlation id from ctx when it has none; cmd must not be used
-// by anybody else meanwhile. The error is always an *apierror.Error:
+// by anybody else meanwhile. The error is always an *apierror.Error that says
+// what became of the command, and its request id:
 //
-//   - the command's own refusal (CommandResult.error);
-//   - NO_LEADER with outcome=failed when this peer does not lead: nothing happened;
-//   - NO_LEADER, TIMEOUT or COMMUNICATION_FAILURE with outcome=unknown when
-//     leadership was lost or ctx ended on the way: the command may have happened,
-//     or may still; propose it again with the same request id.
+//   - the command's own refusal (CommandResult.error) with outcome=failed and its
+//     index: it is committed that nothing happened;
+//   - NO_LEADER, TIMEOUT, INVALID_REQUEST or CONFLICT with outcome=failed when it
+//     never reached the log: this peer does not lead, is too busy, or restores a
+//     snapshot;
+//   - NO_LEADER, TIMEOUT, COMMUNICATION_FAILURE or INTERNAL_ERROR with
+//     outcome=unknown when leadership was lost or ctx ended on the way: the command
+//     may have happened, or may still; propose it again with the same request id.
 func (p *Peer) Propose(ctx context.Context, cmd *pb.Command) (*pb.CommandResult, error) {
+	result, err := p.propose(ctx, cmd)
+	return result, apierror.OfWrite(ctx, err, cmd.GetRequestId())
+}
+
+func (p *Peer) propose(ctx context.Context, cmd *pb.Command) (*pb.CommandResult, error) {
 	start := time.Now()
 	r, leave := p.enter()
 	defer leave()
 	if r == nil {
 		return nil, p.noLeader()
+	}
+	if err := p.refuseWhenFull(cmd); err != nil {
+		return nil, err
 	}
 	if cmd.GetCorrelationId() == "" {
 		cmd.CorrelationId = correlation.ID(ctx)
@@ -40,6 +55,9 @@ func (p *Peer) Propose(ctx context.Context, cmd *pb.Command) (*pb.CommandResult,
 	future, err := p.enqueue(ctx, r, cmd)
 	if err != nil {
 		return nil, err
+	}
+	if plant.On(plant.AcknowledgeBeforeCommit) && cmd.GetSession() != nil {
+		return &pb.CommandResult{}, nil
 	}
 	if err := p.flights.await(ctx, future); err != nil {
 		if ctx.Err() != nil {
@@ -53,10 +71,15 @@ func (p *Peer) Propose(ctx context.Context, cmd *pb.Command) (*pb.CommandResult,
 		return nil, unknown(pb.ErrorCode_ERROR_CODE_NO_LEADER, stopped.Error())
 	}
 	if !ok {
-		return nil, apierror.New(pb.ErrorCode_ERROR_CODE_INTERNAL_ERROR, "the state answered %T to a command", future.Response())
+		return nil, unknown(pb.ErrorCode_ERROR_CODE_INTERNAL_ERROR, fmt.Sprintf("the state answered %T to a command", future.Response()))
 	}
 	if refusal := apierror.FromProto(result.GetError()); refusal != nil {
-		return nil, refusal
+		if refusal.Detail(DetailOutcome) != "" {
+			// The state does not stand by it for other attempts.
+			return nil, refusal
+		}
+		return nil, refusal.With(DetailOutcome, OutcomeFailed).
+			With(apierror.DetailIndex, strconv.FormatUint(result.GetIndex(), 10))
 	}
 	return result, nil
 }
@@ -83,9 +106,18 @@ func (p *Peer) enqueue(ctx context.Context, r *raft.Raft, cmd *pb.Command) (raft
 	cmd.Time = timestamppb.New(p.stamp.next(p.state.View().Time()))
 	data, err := fsm.EncodeCommand(cmd)
 	if err != nil {
-		return nil, apierror.From(fmt.Errorf("encode the command: %w", err))
+		return nil, notEncoded(err)
 	}
 	return r.Apply(data, remaining(ctx, enqueueLimit)), nil
+}
+
+// notEncoded says that a command cannot be written into the log.
+func notEncoded(err error) error {
+	code := pb.ErrorCode_ERROR_CODE_INTERNAL_ERROR
+	if errors.Is(err, fsm.ErrCommandTooLarge) {
+		code = pb.ErrorCode_ERROR_CODE_INVALID_REQUEST
+	}
+	return apierror.New(code, "%s", err).With(DetailOutcome, OutcomeFailed)
 }
 
 // stamp hands out times that never go back, one holder at a time.

@@ -44,6 +44,9 @@ func (s *service) Join(ctx context.Context, req *pb.JoinRequest) (*pb.JoinRespon
 	if !mayActFor(ctx, req.GetPeerId()) {
 		return nil, denied("the membership of " + req.GetPeerId())
 	}
+	if err := p.mayJoin(req); err != nil {
+		return nil, err
+	}
 	if req.GetPeerId() == p.cfg.ID {
 		return nil, apierror.New(pb.ErrorCode_ERROR_CODE_CONFLICT, "the leader itself has the id %s", req.GetPeerId()).
 			Next("give each peer an id and a certificate of its own")
@@ -122,7 +125,9 @@ func (s *service) Remove(ctx context.Context, req *pb.RemoveRequest) (*pb.Remove
 	return &pb.RemoveResponse{Index: index}, nil
 }
 
-// Promote makes a non-voter a voter. A peer asks for itself once it has caught up.
+// Promote makes a non-voter a voter, once that has been in touch for the
+// stabilization time and has caught up: a voter that cannot acknowledge makes the
+// quorum larger and helps nobody. A peer asks for itself.
 func (s *service) Promote(ctx context.Context, req *pb.PromoteRequest) (*pb.PromoteResponse, error) {
 	p := s.peer
 	if !mayActFor(ctx, req.GetPeerId()) {
@@ -133,6 +138,11 @@ func (s *service) Promote(ctx context.Context, req *pb.PromoteRequest) (*pb.Prom
 	if at < 0 {
 		return nil, p.notAPeer(req.GetPeerId())
 	}
+	if servers[at].Suffrage != raft.Voter {
+		if err := p.mayVote(ctx, req.GetPeerId()); err != nil {
+			return nil, err
+		}
+	}
 	index, err := p.reconfigure(ctx, func(r *raft.Raft) raft.IndexFuture {
 		return r.AddVoter(servers[at].ID, servers[at].Address, 0, configLimit)
 	})
@@ -142,6 +152,40 @@ func (s *service) Promote(ctx context.Context, req *pb.PromoteRequest) (*pb.Prom
 	p.log.Info("a peer became a voter", "id", req.GetPeerId())
 	return &pb.PromoteResponse{Index: index}, nil
 }
+
+// mayVote returns why a non-voter must not become a voter yet, or nil.
+func (p *Peer) mayVote(ctx context.Context, id string) error {
+	r, leave := p.enter()
+	defer leave()
+	if r == nil {
+		return p.noLeader()
+	}
+	notYet := func(format string, args ...any) error {
+		return apierror.New(pb.ErrorCode_ERROR_CODE_CONFLICT, format, args...).
+			With(DetailOutcome, OutcomeFailed).Next("repeat the call a little later; see wasmatrix cluster peers")
+	}
+	want := p.cfg.Timers.Stabilization
+	if since := p.role.contacts.steadySince(id); since.IsZero() {
+		return notYet("%s is not in touch with the leader", id)
+	} else if time.Since(since) < want {
+		return notYet("%s becomes a voter when it has been in touch with the leader for %s", id, want)
+	}
+	commit := r.CommitIndex()
+	status, err := p.askStatus(ctx, p.apiAddress(id))
+	switch {
+	case err != nil:
+		return notYet("%s does not say how far it is: %s", id, apierror.From(err).Error())
+	case status.GetPeerId() != id:
+		return notYet("%s answers where %s is said to be", status.GetPeerId(), id)
+	case status.GetAppliedIndex()+mayLag < commit:
+		return notYet("%s has applied index %d, the leader is at %d", id, status.GetAppliedIndex(), commit)
+	}
+	return nil
+}
+
+// mayLag is how many entries a peer that becomes a voter may be behind: under
+// load everybody is behind by those under way.
+const mayLag = 256
 
 // TransferLeadership hands leadership to another voter and answers when that
 // one, or whoever was elected instead, is known.
@@ -218,7 +262,7 @@ func (p *Peer) status() *pb.StatusResponse {
 	view := p.state.View()
 	out := &pb.StatusResponse{
 		PeerId: p.cfg.ID, Cluster: p.cfg.Cluster, Version: p.cfg.Version,
-		StateHash: view.Hash(),
+		StateHash: view.Hash(), ClusterId: p.incarnation.String(),
 		Instances: map[string]uint32{}, Providers: map[string]uint32{},
 		RaftState: "shutdown",
 	}

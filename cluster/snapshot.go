@@ -148,7 +148,10 @@ func spool(stream grpc.ClientStreamingServer[pb.SnapshotRestoreRequest, pb.Snaps
 		return nil, 0, fmt.Errorf("make a file for the snapshot: %w", err)
 	}
 	give := func(err error) (*os.File, int64, error) {
-		return nil, 0, errors.Join(err, file.Close(), os.Remove(file.Name()))
+		if closeErr := errors.Join(file.Close(), os.Remove(file.Name())); closeErr != nil {
+			err = errors.Join(err, closeErr)
+		}
+		return nil, 0, err
 	}
 	var size int64
 	for {
@@ -163,6 +166,11 @@ func spool(stream grpc.ClientStreamingServer[pb.SnapshotRestoreRequest, pb.Snaps
 			return give(apierror.New(pb.ErrorCode_ERROR_CODE_RESOURCE_EXHAUSTED, "the snapshot is larger than %d bytes", int64(maxSnapshot)))
 		}
 		if _, err := file.Write(piece.GetChunk()); err != nil {
+			if isFull(err) {
+				err = apierror.New(pb.ErrorCode_ERROR_CODE_RESOURCE_EXHAUSTED, "there is no room for the snapshot in %s", dir).
+					With(DetailOutcome, OutcomeFailed).Next("free space on the leader's machine, and restore again")
+				return give(err)
+			}
 			return give(fmt.Errorf("write the received snapshot: %w", err))
 		}
 	}
@@ -183,15 +191,36 @@ func (p *Peer) restore(ctx context.Context, file *os.File, size int64) (uint64, 
 	if r == nil {
 		return 0, p.noLeader()
 	}
+	size, err := p.naturalise(trial, file, size)
+	if err != nil {
+		return 0, err
+	}
 	meta := &raft.SnapshotMeta{Version: raft.SnapshotVersionMax, Index: trial.View().Index(), Size: size}
 	p.log.Warn("restoring a snapshot", "index", meta.Index, "bytes", size)
-	err := rewound(file, func(from io.Reader) error { return r.Restore(meta, from, remaining(ctx, enqueueLimit)) })
+	err = rewound(file, func(from io.Reader) error { return r.Restore(meta, from, remaining(ctx, enqueueLimit)) })
 	if err != nil {
 		return 0, p.raftError(err)
 	}
 	// The snapshot brought the peers of its own time.
 	p.changed.notify()
 	return r.LastIndex(), nil
+}
+
+// naturalise makes a snapshot of another cluster one of this cluster: the peers
+// know each other by its identity. It returns the snapshot's size.
+func (p *Peer) naturalise(trial *fsm.State, file *os.File, size int64) (int64, error) {
+	mine := p.state.View().ClusterID()
+	if trial.View().ClusterID() == mine {
+		return size, nil
+	}
+	if err := file.Truncate(0); err != nil {
+		return 0, fmt.Errorf("empty the received snapshot: %w", err)
+	}
+	err := rewound(file, func(io.Reader) error { return trial.WriteSnapshot(trial.View().WithClusterID(mine), file) })
+	if err != nil {
+		return 0, err
+	}
+	return file.Seek(0, io.SeekCurrent)
 }
 
 func rewound(file *os.File, read func(io.Reader) error) error {

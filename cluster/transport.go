@@ -15,6 +15,7 @@ import (
 	"github.com/hashicorp/raft"
 
 	"github.com/wasmatrix/wasmatrix/identity"
+	"github.com/wasmatrix/wasmatrix/internal/plant"
 )
 
 var (
@@ -33,6 +34,8 @@ type guard struct {
 	// synced waits until this peer has on disk all entries that it has counted,
 	// sent or acknowledged; see parallelLogs. Set it before Raft starts.
 	synced func() error
+	// stand returns why this peer should not be elected now, or nil. Set it before Raft starts.
+	stand func() error
 }
 
 var (
@@ -45,7 +48,7 @@ func newGuard(inner raft.Transport, mayVote *atomic.Bool) (*guard, error) {
 	if !ok {
 		return nil, fmt.Errorf("%w: the raft transport cannot ask for pre-votes", ErrConfig)
 	}
-	return &guard{Transport: inner, preVote: preVote, consumer: make(chan raft.RPC), mayVote: mayVote, synced: func() error { return nil }}, nil
+	return &guard{Transport: inner, preVote: preVote, consumer: make(chan raft.RPC), mayVote: mayVote, synced: func() error { return nil }, stand: func() error { return nil }}, nil
 }
 
 // run passes incoming messages to Raft until ctx ends.
@@ -91,8 +94,10 @@ func (g *guard) held(ctx context.Context, rpc raft.RPC) raft.RPC {
 
 func (g *guard) refuses(command any) bool {
 	switch command.(type) {
-	case *raft.RequestVoteRequest, *raft.RequestPreVoteRequest, *raft.TimeoutNowRequest:
-		return !g.mayVote.Load()
+	case *raft.RequestVoteRequest, *raft.RequestPreVoteRequest:
+		return !g.mayVote.Load() && !plant.On(plant.ForgottenVotes)
+	case *raft.TimeoutNowRequest:
+		return !g.mayVote.Load() || g.stand() != nil
 	default:
 		return false
 	}
@@ -147,6 +152,9 @@ func (g *guard) RequestVote(id raft.ServerID, target raft.ServerAddress, args *r
 // RequestPreVote asks whether a vote would be given.
 func (g *guard) RequestPreVote(id raft.ServerID, target raft.ServerAddress, args *raft.RequestPreVoteRequest, resp *raft.RequestPreVoteResponse) error {
 	if err := g.check(); err != nil {
+		return err
+	}
+	if err := g.stand(); err != nil {
 		return err
 	}
 	return g.preVote.RequestPreVote(id, target, args, resp)
@@ -335,7 +343,7 @@ func openTransport(cfg Config, where *addresses) (raft.Transport, error) {
 		ServerAddressProvider: where,
 		Logger:                newHCLog(cfg.Logger.With("component", "raft-net")),
 		Stream:                &streams{StreamLayer: layer, known: where.known, open: map[*trackedConn]struct{}{}},
-		MaxPool:               3,
+		MaxPool:               maxPool,
 		// Pipelining can wedge a follower.
 		MaxRPCsInFlight: 1,
 		Timeout:         raftIOTimeout,

@@ -56,6 +56,7 @@ var access = map[string]rule{
 	pb.ControlPlaneService_WatchEvents_FullMethodName:        admins,
 	pb.ControlPlaneService_Invoke_FullMethodName:             admins,
 	pb.ControlPlaneService_FollowLogs_FullMethodName:         admins,
+	pb.ControlPlaneService_OpenSession_FullMethodName:        admins,
 }
 
 // authorise refuses a caller that the access table does not let through.
@@ -84,6 +85,9 @@ func (g *guard) unary(method string, handle grpc.MethodHandler) grpc.MethodHandl
 		inner := func(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
 			guarded := func(ctx context.Context, req any) (any, error) {
 				resp, err := g.serve(ctx, method, req, next)
+				if w, ok := req.(write); ok {
+					err = apierror.OfWrite(ctx, err, w.GetRequestId())
+				}
 				g.record(ctx, method, req, err)
 				return resp, err
 			}

@@ -15,7 +15,7 @@ func (h *handlers) AssignCapability(ctx context.Context, req *pb.AssignCapabilit
 			With("provider", grant.GetProvider()).
 			Next("name at least one, such as kv:read")
 	}
-	err := h.judge(ctx, func(view fsm.View) error {
+	err := h.judge(ctx, req.GetRequestId(), func(view fsm.View) error {
 		_, err := checkGrant(view, grant)
 		return err
 	})
@@ -28,7 +28,7 @@ func (h *handlers) AssignCapability(ctx context.Context, req *pb.AssignCapabilit
 	}
 	res, view, err := h.propose(ctx, req, &pb.Command{Payload: &pb.Command_AssignCapability{
 		AssignCapability: &pb.AssignCapabilityCommand{InstanceIds: ids, Grant: grant},
-	}})
+	}}, onAssignments(ids, grant.GetProvider())...)
 	if err != nil {
 		return nil, err
 	}
@@ -49,7 +49,7 @@ func (h *handlers) RevokeCapability(ctx context.Context, req *pb.RevokeCapabilit
 		RevokeCapability: &pb.RevokeCapabilityCommand{
 			InstanceIds: ids, ProviderId: req.GetProviderId(), Permissions: req.GetPermissions(),
 		},
-	}})
+	}}, onAssignments(ids, req.GetProviderId())...)
 	if err != nil {
 		return nil, err
 	}

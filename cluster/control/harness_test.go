@@ -314,6 +314,20 @@ func (p *testPeer) report(id string, state pb.InstanceState) {
 	}}})
 }
 
+// leave says that an instance has left its node, which drains.
+func (p *testPeer) leave(id string) {
+	p.t.Helper()
+	view := p.state.View()
+	inst, _ := view.Instance(id)
+	n, _ := view.Node(inst.GetPlacement().GetNodeId())
+	p.apply(&pb.Command{Payload: &pb.Command_ReportStatus{ReportStatus: &pb.ReportStatusRequest{
+		NodeId: n.GetId(), Epoch: n.GetEpoch(),
+		Instances: []*pb.InstanceReport{{InstanceId: id, Left: true, Status: &pb.InstanceStatus{
+			State: pb.InstanceState_INSTANCE_STATE_STOPPED, Generation: inst.GetPlacement().GetGeneration(), Attempt: 1,
+		}}},
+	}}})
+}
+
 // run places an instance and reports that it runs.
 func (p *testPeer) run(id, node string) {
 	p.t.Helper()

@@ -12,7 +12,7 @@ import (
 func (h *handlers) StartInstance(ctx context.Context, req *pb.StartInstanceRequest) (*pb.StartInstanceResponse, error) {
 	spec := req.GetSpec()
 	var ids []string
-	err := h.judge(ctx, func(view fsm.View) (err error) {
+	err := h.judge(ctx, req.GetRequestId(), func(view fsm.View) (err error) {
 		if err = checkSpec(view, spec); err == nil {
 			ids, err = h.mint(view, spec.GetName(), max(1, int(spec.GetReplicas())))
 		}
@@ -23,7 +23,7 @@ func (h *handlers) StartInstance(ctx context.Context, req *pb.StartInstanceReque
 	}
 	res, view, err := h.propose(ctx, req, &pb.Command{Payload: &pb.Command_CreateInstances{
 		CreateInstances: &pb.CreateInstancesCommand{Spec: spec, InstanceIds: ids},
-	}})
+	}}, &pb.Precondition{Record: &pb.Precondition_Workload{Workload: spec.GetName()}})
 	if err != nil {
 		return nil, nameInUse(err)
 	}
@@ -49,7 +49,7 @@ func (h *handlers) StopInstance(ctx context.Context, req *pb.StopInstanceRequest
 	}
 	res, view, err := h.propose(ctx, req, &pb.Command{Payload: &pb.Command_StopInstances{
 		StopInstances: &pb.StopInstancesCommand{InstanceIds: ids},
-	}})
+	}}, onInstances(ids)...)
 	if err != nil {
 		return nil, err
 	}
@@ -64,7 +64,7 @@ func (h *handlers) RestartInstance(ctx context.Context, req *pb.RestartInstanceR
 	}
 	res, view, err := h.propose(ctx, req, &pb.Command{Payload: &pb.Command_RestartInstances{
 		RestartInstances: &pb.RestartInstancesCommand{InstanceIds: ids},
-	}})
+	}}, onInstances(ids)...)
 	if err != nil {
 		return nil, err
 	}
@@ -79,7 +79,7 @@ func (h *handlers) RemoveInstance(ctx context.Context, req *pb.RemoveInstanceReq
 	}
 	res, _, err := h.propose(ctx, req, &pb.Command{Payload: &pb.Command_RemoveInstances{
 		RemoveInstances: &pb.RemoveInstancesCommand{InstanceIds: ids, Force: req.GetForce()},
-	}})
+	}}, onInstances(ids)...)
 	if err != nil {
 		return nil, err
 	}
@@ -92,7 +92,7 @@ func (h *handlers) RemoveInstance(ctx context.Context, req *pb.RemoveInstanceReq
 // the answer to that.
 func (h *handlers) resolveIDs(ctx context.Context, target, requestID string) ([]string, error) {
 	var ids []string
-	err := h.judge(ctx, func(view fsm.View) error {
+	err := h.judge(ctx, requestID, func(view fsm.View) error {
 		instances, refusal := view.Resolve(target)
 		if refusal != nil {
 			return apierror.FromProto(refusal)

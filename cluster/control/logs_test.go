@@ -122,6 +122,8 @@ func TestFollowedLogsKeepUpWithTheWorkload(t *testing.T) {
 	p.apply(&pb.Command{Payload: &pb.Command_DrainNode{DrainNode: &pb.DrainNodeCommand{NodeId: "n1", Draining: true}}})
 	n1.write(first, 30, "last words")
 	wantLines(t, stream, "last words")
+	p.place(first, "n2") // asks it to leave
+	p.leave(first)
 	p.place(first, "n2")
 	n2.write(first, 5, "moved")
 	wantLines(t, stream, "moved")

@@ -43,7 +43,7 @@ func (h *handlers) UndrainNode(ctx context.Context, req *pb.UndrainNodeRequest) 
 func (h *handlers) setDraining(ctx context.Context, req write, id string, draining bool) (*pb.Node, uint64, error) {
 	res, view, err := h.propose(ctx, req, &pb.Command{Payload: &pb.Command_DrainNode{
 		DrainNode: &pb.DrainNodeCommand{NodeId: id, Draining: draining},
-	}})
+	}}, &pb.Precondition{Record: &pb.Precondition_NodeId{NodeId: id}})
 	if err != nil {
 		return nil, 0, err
 	}

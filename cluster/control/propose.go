@@ -30,6 +30,7 @@ const mintAttempts = 100
 type write interface {
 	proto.Message
 	GetRequestId() string
+	GetWrite() *pb.WriteOptions
 }
 
 // latest returns a state that holds everything that was acknowledged before now.
@@ -39,8 +40,9 @@ func (h *handlers) latest(ctx context.Context) (fsm.View, error) { return h.View
 // refuse, at the latest state. A leader has applied everything that it
 // acknowledged, so the first look is almost always enough and saves the request a
 // round of Raft; a deposed leader must not refuse for what it has missed, and
-// what it accepts fails when it is proposed.
-func (h *handlers) judge(ctx context.Context, check func(fsm.View) error) error {
+// what it accepts fails when it is proposed. A request that was answered before is
+// not refused for what came after: the state knows its answer.
+func (h *handlers) judge(ctx context.Context, requestID string, check func(fsm.View) error) error {
 	view, err := h.local(ctx)
 	if err != nil {
 		return err
@@ -51,7 +53,10 @@ func (h *handlers) judge(ctx context.Context, check func(fsm.View) error) error 
 	if view, err = h.latest(ctx); err != nil {
 		return err
 	}
-	return check(view)
+	if err = check(view); err != nil && view.Answered(requestID) {
+		return nil
+	}
+	return err
 }
 
 // local returns what this peer has, without asking anyone.
@@ -60,13 +65,72 @@ func (h *handlers) local(ctx context.Context) (fsm.View, error) {
 }
 
 // propose commits what req asks for and returns the result and a state that
-// holds it. req's id and digest make a repetition harmless.
-func (h *handlers) propose(ctx context.Context, req write, cmd *pb.Command) (*pb.CommandResult, fsm.View, error) {
+// holds it. req's id and digest make a repetition harmless. about are the records
+// that a precondition of req is about.
+func (h *handlers) propose(ctx context.Context, req write, cmd *pb.Command, about ...*pb.Precondition) (*pb.CommandResult, fsm.View, error) {
+	options := req.GetWrite()
+	var err error
+	if cmd.Preconditions, err = preconditions(options, about); err != nil {
+		return nil, fsm.View{}, err
+	}
+	if options.GetSessionId() != "" {
+		cmd.Session = &pb.CommandSession{
+			Id: options.GetSessionId(), Sequence: options.GetSequence(), FirstOutstanding: options.GetFirstOutstanding(),
+		}
+	}
+	return h.commit(ctx, req, req.GetRequestId(), cmd)
+}
+
+// preconditions returns what a write expects of the records that it is about.
+func preconditions(options *pb.WriteOptions, about []*pb.Precondition) ([]*pb.Precondition, error) {
+	index, absent := options.GetIfIndex(), options.GetIfAbsent()
+	switch {
+	case index == 0 && !absent:
+		return nil, nil
+	case index != 0 && absent:
+		return nil, invalid("write.if_index and write.if_absent exclude each other")
+	case len(about) == 0:
+		return nil, invalid("this write cannot be made conditional").Next("leave write.if_index and write.if_absent out")
+	case index != 0 && len(about) > 1:
+		return nil, invalid("write.if_index is about one record, and the target is %d of them", len(about)).
+			Next("name one instance by its id")
+	}
+	for _, p := range about {
+		p.ModifiedIndex = index
+	}
+	return about, nil
+}
+
+// onInstances are preconditions on instances.
+func onInstances(ids []string) []*pb.Precondition {
+	out := make([]*pb.Precondition, len(ids))
+	for i, id := range ids {
+		out[i] = &pb.Precondition{Record: &pb.Precondition_InstanceId{InstanceId: id}}
+	}
+	return out
+}
+
+// onAssignments are preconditions on the assignments of instances to a provider.
+func onAssignments(ids []string, provider string) []*pb.Precondition {
+	out := make([]*pb.Precondition, len(ids))
+	for i, id := range ids {
+		key := &pb.AssignmentKey{InstanceId: id, ProviderId: provider}
+		out[i] = &pb.Precondition{Record: &pb.Precondition_Assignment{Assignment: key}}
+	}
+	return out
+}
+
+func onProvider(id string) *pb.Precondition {
+	return &pb.Precondition{Record: &pb.Precondition_ProviderId{ProviderId: id}}
+}
+
+// commit brings cmd into the log for a request.
+func (h *handlers) commit(ctx context.Context, req proto.Message, requestID string, cmd *pb.Command) (*pb.CommandResult, fsm.View, error) {
 	digest, err := requestDigest(req)
 	if err != nil {
 		return nil, fsm.View{}, err
 	}
-	cmd.RequestId, cmd.RequestDigest = req.GetRequestId(), digest
+	cmd.RequestId, cmd.RequestDigest = requestID, digest
 	cmd.CorrelationId = correlation.ID(ctx)
 	if caller, ok := identity.Caller(ctx); ok {
 		cmd.Actor = caller.String()
@@ -81,21 +145,33 @@ func (h *handlers) propose(ctx context.Context, req write, cmd *pb.Command) (*pb
 	view, err := h.Viewer.View(ctx, &pb.ReadOptions{Stale: true, MinIndex: res.GetIndex()})
 	if err != nil {
 		// The write is done and the answer is not: a repetition gets both.
-		return nil, fsm.View{}, apierror.FromProto(apierror.From(err).Proto(ctx)).With("outcome", "unknown")
+		return nil, fsm.View{}, apierror.FromProto(apierror.From(err).Proto(ctx)).With(apierror.DetailOutcome, apierror.OutcomeUnknown)
 	}
 	return res, view, nil
 }
 
 // requestDigest tells requests apart: two requests of the same id are the same
-// request when kind and content are equal.
+// request when kind and content are equal. Its place in a session is no content:
+// it may be repeated without one, and what the client has answers to grows. The
+// request is not used by anybody else meanwhile.
 func requestDigest(req proto.Message) ([]byte, error) {
+	m := req.ProtoReflect()
+	sum := sha256.New()
+	sum.Write([]byte(m.Descriptor().FullName()))
+	sum.Write([]byte{0})
+	if w, ok := req.(write); ok && w.GetWrite() != nil {
+		if options := w.GetWrite(); options.GetIfIndex() != 0 || options.GetIfAbsent() {
+			fmt.Fprintf(sum, "if %d %t", options.GetIfIndex(), options.GetIfAbsent())
+		}
+		field := m.Descriptor().Fields().ByName("write")
+		saved := m.Get(field)
+		m.Clear(field)
+		defer m.Set(field, saved)
+	}
 	b, err := proto.MarshalOptions{Deterministic: true}.Marshal(req)
 	if err != nil {
 		return nil, fmt.Errorf("encode request: %w", err)
 	}
-	sum := sha256.New()
-	sum.Write([]byte(req.ProtoReflect().Descriptor().FullName()))
-	sum.Write([]byte{0})
 	sum.Write(b)
 	return sum.Sum(nil), nil
 }

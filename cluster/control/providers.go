@@ -80,7 +80,7 @@ func (h *handlers) UpdateProvider(ctx context.Context, req *pb.UpdateProviderReq
 func (h *handlers) DeregisterProvider(ctx context.Context, req *pb.DeregisterProviderRequest) (*pb.DeregisterProviderResponse, error) {
 	res, _, err := h.propose(ctx, req, &pb.Command{Payload: &pb.Command_DeregisterProvider{
 		DeregisterProvider: &pb.DeregisterProviderCommand{ProviderId: req.GetProviderId()},
-	}})
+	}}, onProvider(req.GetProviderId()))
 	if err != nil {
 		return nil, err
 	}
@@ -89,12 +89,16 @@ func (h *handlers) DeregisterProvider(ctx context.Context, req *pb.DeregisterPro
 
 // changeProvider proposes a change of one provider and returns its record after that.
 func (h *handlers) changeProvider(ctx context.Context, req write, id string, cmd *pb.Command) (*pb.Provider, uint64, error) {
-	res, view, err := h.propose(ctx, req, cmd)
+	res, view, err := h.propose(ctx, req, cmd, onProvider(id))
 	if err != nil {
 		return nil, 0, err
 	}
-	p, err := providerOf(view, id)
-	return p, res.GetIndex(), err
+	p, ok := view.Provider(id)
+	if !ok {
+		// Somebody removed it right after: the change was made all the same.
+		p = &pb.Provider{Id: id, Spec: &pb.ProviderSpec{Id: id}}
+	}
+	return p, res.GetIndex(), nil
 }
 
 func setRunning(id string, running bool) *pb.Command {

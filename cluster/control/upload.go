@@ -1,12 +1,14 @@
 package control
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
 
 	"google.golang.org/grpc"
 
+	"github.com/wasmatrix/wasmatrix/apierror"
 	"github.com/wasmatrix/wasmatrix/cluster/modules"
 	"github.com/wasmatrix/wasmatrix/identity"
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
@@ -27,7 +29,7 @@ func (h *handlers) UploadModule(stream uploadStream) error {
 	case leader != nil && forwarded(ctx):
 		return errNoLeaderHere()
 	case leader != nil:
-		return relayUpload(stream, leader)
+		return apierror.OfWrite(ctx, relayUpload(stream, leader), "")
 	}
 	first, err := stream.Recv()
 	if err != nil {
@@ -46,13 +48,20 @@ func (h *handlers) UploadModule(stream uploadStream) error {
 	})}
 	m, err := h.Modules.Admit(body, header.GetDigest())
 	if err != nil {
-		return err
+		return notRegistered(ctx, err, header)
 	}
 	m.Name = header.GetName()
 	if err := h.Modules.Replicate(ctx, m); err != nil {
-		return err
+		return notRegistered(ctx, err, header)
 	}
-	return h.registerModule(stream, header, m)
+	return apierror.OfWrite(ctx, h.registerModule(stream, header, m), header.GetRequestId())
+}
+
+// notRegistered says of an upload that failed before its module was proposed
+// that it had no effect: bytes that no record names are none.
+func notRegistered(ctx context.Context, err error, header *pb.UploadModuleHeader) error {
+	e := apierror.FromProto(apierror.From(err).Proto(ctx)).With(apierror.DetailOutcome, apierror.OutcomeFailed)
+	return apierror.OfWrite(ctx, e, header.GetRequestId())
 }
 
 // registerModule proposes a module whose bytes are on a majority of the disks.
@@ -60,6 +69,7 @@ func (h *handlers) registerModule(stream uploadStream, header *pb.UploadModuleHe
 	// The digest identifies the bytes, so that a repetition with other bytes is found out.
 	asked := &pb.UploadModuleHeader{
 		Name: header.GetName(), SizeBytes: header.GetSizeBytes(), Digest: m.GetDigest(), RequestId: header.GetRequestId(),
+		Write: header.GetWrite(),
 	}
 	res, view, err := h.propose(stream.Context(), asked, &pb.Command{Payload: &pb.Command_PutModule{
 		PutModule: &pb.PutModuleCommand{Module: m},

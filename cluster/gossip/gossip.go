@@ -41,6 +41,12 @@ type Config struct {
 	Rejoin time.Duration
 	// Logger gets what memberlist has to say; nil discards it.
 	Logger *slog.Logger
+	// Link decides what goes out; nil lets everything pass. A development cluster breaks its network with it.
+	Link Link
+
+	// tune changes the settings of memberlist; nil changes nothing. It is for
+	// tests that must not wait for its timers.
+	tune func(*memberlist.Config)
 }
 
 // Gossip is one member. Make it with New and let Run run it.
@@ -96,6 +102,11 @@ func (g *Gossip) Run(ctx context.Context) error {
 	g.mu.Lock()
 	told := g.local
 	g.mu.Unlock()
+	if g.cfg.Link != nil {
+		if cfg.Transport, err = newLinked(cfg, g.cfg.Link); err != nil {
+			return fmt.Errorf("listen for gossip on %s: %w", g.cfg.Bind, err)
+		}
+	}
 	list, err := memberlist.Create(cfg)
 	if err != nil {
 		return fmt.Errorf("listen for gossip on %s: %w", g.cfg.Bind, err)
@@ -280,6 +291,9 @@ func (g *Gossip) memberlistConfig() (*memberlist.Config, error) {
 		if cfg.Keyring, err = memberlist.NewKeyring(nil, g.cfg.Key); err != nil {
 			return nil, fmt.Errorf("gossip key: %w", err)
 		}
+	}
+	if g.cfg.tune != nil {
+		g.cfg.tune(cfg)
 	}
 	return cfg, nil
 }

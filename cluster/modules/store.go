@@ -29,7 +29,7 @@ type StoreConfig struct {
 	// Dir is the peer's data directory; the files lie under modules/sha256 in it.
 	Dir string
 	// Reserve is the number of bytes that stay free on the disk: with less, Put
-	// fails with ErrNoSpace. 0 means 128 MiB, a negative number means none.
+	// fails with ErrNoSpace. 0 means 128 MiB, on a small disk an eighth of it; a negative number means none.
 	Reserve int64
 }
 
@@ -63,11 +63,15 @@ func NewStore(cfg StoreConfig) (*Store, error) {
 			return os.CreateTemp(dir, uploadPattern)
 		},
 	}
-	if cfg.Reserve == 0 {
-		s.reserve = defaultReserve
-	}
 	if err := os.MkdirAll(s.root, 0o700); err != nil {
 		return nil, fmt.Errorf("make module directory: %w", err)
+	}
+	if cfg.Reserve == 0 {
+		_, size, err := diskBytes(s.root)
+		if err != nil {
+			return nil, fmt.Errorf("ask for the size of the disk: %w", err)
+		}
+		s.reserve = min(defaultReserve, size/8)
 	}
 	leftovers, err := filepath.Glob(filepath.Join(s.root, uploadPattern))
 	if err != nil {
@@ -331,10 +335,16 @@ func diskError(doing string, err error) error {
 }
 
 func freeBytes(dir string) (uint64, error) {
+	free, _, err := diskBytes(dir)
+	return free, err
+}
+
+// diskBytes returns how much may still be written below dir, and the size of the disk.
+func diskBytes(dir string) (free, size uint64, err error) {
 	var st syscall.Statfs_t
 	if err := syscall.Statfs(dir, &st); err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	//nolint:unconvert // the field types differ between operating systems
-	return uint64(st.Bavail) * uint64(st.Bsize), nil
+	return uint64(st.Bavail) * uint64(st.Bsize), uint64(st.Blocks) * uint64(st.Bsize), nil
 }

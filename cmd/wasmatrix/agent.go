@@ -6,6 +6,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/wasmatrix/wasmatrix/cluster"
 	"github.com/wasmatrix/wasmatrix/cmd/wasmatrix/cli"
 	"github.com/wasmatrix/wasmatrix/cmd/wasmatrix/node"
 )
@@ -40,6 +41,12 @@ METRICS_ADDR and WASM_RUNTIME_BACKEND win over the file.`,
 			err = node.Run(cmd.Context(), cfg, node.Options{ConfigPath: configPath, Log: node.NewLogger(env.Stderr, cfg.Telemetry.Log)})
 			if errors.Is(err, node.ErrCertificate) || errors.Is(err, node.ErrAgentRuns) || errors.Is(err, node.ErrPort) {
 				return cli.Usage(err)
+			}
+			switch {
+			case errors.Is(err, cluster.ErrCorrupt), errors.Is(err, cluster.ErrDiverged), errors.Is(err, cluster.ErrOtherCluster):
+				return cli.Stopped(cli.ExitDamaged, err)
+			case cluster.IsDiskFailure(err):
+				return cli.Stopped(cli.ExitDisk, err)
 			}
 			return err
 		},

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
+	"slices"
 	"strings"
 	"time"
 
@@ -24,14 +26,16 @@ const readyWithin = 60 * time.Second
 const logLines = 15
 
 func newDevCommand(env cli.Env) *cobra.Command {
-	o := dev.Options{}
+	// Each node needs a loopback address of its own, which only Linux has without set-up.
+	o := dev.Options{Breakable: runtime.GOOS == "linux"}
 	var contextPath string
 	cmd := &cobra.Command{
 		Use:   "dev",
 		Short: "run a whole cluster on this machine: real processes, loopback only, throw-away CA",
 		Long: `Starts a cluster of real processes on loopback under a CA of its own, writes a
 client context so that every other command finds it, and runs until Ctrl-C. A
-key-value provider "kv" is there from the start.
+key-value provider "kv" is there from the start. "wasmatrix chaos" breaks the
+cluster on purpose while it runs.
 
 Without --persist everything is gone afterwards.`,
 		Example: "  wasmatrix dev --nodes 3\n  wasmatrix dev --nodes 3 --persist ./cluster --port-base 8400",
@@ -106,31 +110,37 @@ func runDev(ctx context.Context, env cli.Env, o dev.Options, contextPath string)
 	return watchNodes(ctx, env, c)
 }
 
-// watchNodes waits for Ctrl-C and tells of nodes that end by themselves.
+// watchNodes serves requests to break the cluster and waits for Ctrl-C; it tells
+// of nodes that end by themselves, and gives up when that leaves none.
 func watchNodes(ctx context.Context, env cli.Env, c *dev.Cluster) error {
-	gone := make(chan *dev.Node)
-	for _, n := range c.Nodes() {
-		go func(exited <-chan struct{}) {
+	ctx, cancel := context.WithCancel(ctx)
+	served := make(chan error, 1)
+	go func() { served <- c.ServeControl(ctx) }()
+	err := func() error {
+		for {
 			select {
-			case <-exited:
-				select {
-				case gone <- n:
-				case <-ctx.Done():
-				}
 			case <-ctx.Done():
+				return nil
+			case err := <-served:
+				served <- nil
+				return err
+			case n := <-c.Ended():
+				fmt.Fprintf(env.Stderr, "%s ended; the end of its log %s:\n%s", n.Name(), n.LogPath, dev.Tail(n.LogPath, logLines))
+				if !anyRuns(c) {
+					return errors.New("all nodes have ended")
+				}
 			}
-		}(n.Exited())
-	}
-	for left := len(c.Nodes()); left > 0; {
-		select {
-		case <-ctx.Done():
-			return nil
-		case n := <-gone:
-			left--
-			fmt.Fprintf(env.Stderr, "%s ended; the end of its log %s:\n%s", n.Name(), n.LogPath, dev.Tail(n.LogPath, logLines))
 		}
-	}
-	return errors.New("all nodes have ended")
+	}()
+	cancel()
+	return errors.Join(err, <-served)
+}
+
+func anyRuns(c *dev.Cluster) bool {
+	return slices.ContainsFunc(c.Nodes(), func(n *dev.Node) bool {
+		_, err := n.PID()
+		return err == nil
+	})
 }
 
 func nodes(n int) string {

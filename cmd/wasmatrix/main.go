@@ -24,7 +24,7 @@ func run() int {
 	root := cli.New(env)
 	for _, c := range root.Commands() {
 		if c.Name() == "cluster" {
-			c.AddCommand(newCACommand(env))
+			c.AddCommand(newCACommand(env), newRecoverCommand(env))
 		}
 	}
 	root.AddCommand(newDevCommand(env), newAgentCommand(env), newInternalCommand(env))

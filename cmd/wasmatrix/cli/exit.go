@@ -29,6 +29,10 @@ const (
 	exitDegraded     = 7
 	exitFailed       = 8
 	exitNotPlaceable = 9
+	// ExitDisk is that of a peer whose disk hangs or failed; started again it may go on.
+	ExitDisk = 10
+	// ExitDamaged is that of a peer whose files are damaged; somebody must take the step that it names.
+	ExitDamaged = 11
 	// exitInterrupted is what a shell expects after Ctrl-C.
 	exitInterrupted = 130
 )
@@ -60,6 +64,11 @@ func ExitWith(code int) error { return &exitError{code: code} }
 
 // fail returns an error that is printed as e and exits with code.
 func fail(code int, e *apierror.Error) error { return &exitError{code: code, err: e} }
+
+// Stopped returns err as the reason of a node to end with an exit code of its own.
+func Stopped(code int, err error) error {
+	return fail(code, apierror.New(pb.ErrorCode_ERROR_CODE_INTERNAL_ERROR, "%s", err))
+}
 
 // verdict says what a command found when that is no failure of a call, such as
 // that of a workload. It has no error code.

@@ -157,14 +157,29 @@ func (w *waitFlags) bind(cmd *cobra.Command) {
 	cmd.Flags().DurationVar(&w.limit, "wait-timeout", defaultWait, "how long to wait")
 }
 
+// conditionFlags make a change depend on what the caller has seen.
+type conditionFlags struct{ index uint64 }
+
+func (f *conditionFlags) bind(cmd *cobra.Command) {
+	cmd.Flags().Uint64Var(&f.index, "if-index", 0, "only if its modifiedIndex (get -o json) is this, else CONFLICT")
+}
+
+func (f *conditionFlags) options() *pb.WriteOptions {
+	if f.index == 0 {
+		return nil
+	}
+	return &pb.WriteOptions{IfIndex: f.index}
+}
+
 func (a *app) newInstanceStop() *cobra.Command {
 	var wf waitFlags
+	var cf conditionFlags
 	cmd := &cobra.Command{
 		Use: "stop NAME...", Short: "stop instances and wait until they have stopped",
 		Args: cobra.MinimumNArgs(1),
 		RunE: a.withClient(func(cmd *cobra.Command, c *client.Client, args []string) error {
 			for _, target := range args {
-				resp, err := c.StopInstance(cmd.Context(), &pb.StopInstanceRequest{Target: target})
+				resp, err := c.StopInstance(cmd.Context(), &pb.StopInstanceRequest{Target: target, Write: cf.options()})
 				if err != nil {
 					return err
 				}
@@ -176,17 +191,19 @@ func (a *app) newInstanceStop() *cobra.Command {
 		}),
 	}
 	wf.bind(cmd)
+	cf.bind(cmd)
 	return cmd
 }
 
 func (a *app) newInstanceRestart() *cobra.Command {
 	var wf waitFlags
+	var cf conditionFlags
 	cmd := &cobra.Command{
 		Use: "restart NAME...", Aliases: []string{"start"}, Short: "start instances again, also stopped and failed ones",
 		Args: cobra.MinimumNArgs(1),
 		RunE: a.withClient(func(cmd *cobra.Command, c *client.Client, args []string) error {
 			for _, target := range args {
-				resp, err := c.RestartInstance(cmd.Context(), &pb.RestartInstanceRequest{Target: target})
+				resp, err := c.RestartInstance(cmd.Context(), &pb.RestartInstanceRequest{Target: target, Write: cf.options()})
 				if err != nil {
 					return err
 				}
@@ -205,6 +222,7 @@ func (a *app) newInstanceRestart() *cobra.Command {
 		}),
 	}
 	wf.bind(cmd)
+	cf.bind(cmd)
 	return cmd
 }
 
@@ -338,12 +356,13 @@ func tallyOf(counts map[string]int, order []string) string {
 
 func (a *app) newInstanceRemove() *cobra.Command {
 	var force bool
+	var cf conditionFlags
 	cmd := &cobra.Command{
 		Use: "rm NAME...", Aliases: []string{"remove"}, Short: "forget ended instances; with --force also running ones, which are stopped",
 		Args: cobra.MinimumNArgs(1),
 		RunE: a.withClient(func(cmd *cobra.Command, c *client.Client, args []string) error {
 			for _, target := range args {
-				resp, err := c.RemoveInstance(cmd.Context(), &pb.RemoveInstanceRequest{Target: target, Force: force})
+				resp, err := c.RemoveInstance(cmd.Context(), &pb.RemoveInstanceRequest{Target: target, Force: force, Write: cf.options()})
 				if err != nil {
 					return err
 				}
@@ -360,5 +379,6 @@ func (a *app) newInstanceRemove() *cobra.Command {
 		}),
 	}
 	cmd.Flags().BoolVar(&force, "force", false, "remove running instances too")
+	cf.bind(cmd)
 	return cmd
 }

@@ -185,15 +185,7 @@ func (a *app) newProviderUpdate() *cobra.Command {
 		Use: "update NAME", Short: "give a provider another driver or configuration",
 		Args: cobra.ExactArgs(1),
 		RunE: a.withClient(func(cmd *cobra.Command, c *client.Client, args []string) error {
-			now, err := c.GetProvider(cmd.Context(), &pb.GetProviderRequest{ProviderId: args[0]})
-			if err != nil {
-				return err
-			}
-			spec := now.GetProvider().GetSpec()
-			if err := pf.apply(a, args[0], spec); err != nil {
-				return err
-			}
-			resp, err := c.UpdateProvider(cmd.Context(), &pb.UpdateProviderRequest{Spec: spec})
+			resp, err := a.updateProvider(cmd.Context(), c, args[0], &pf)
 			if err != nil {
 				return err
 			}
@@ -207,6 +199,27 @@ func (a *app) newProviderUpdate() *cobra.Command {
 	pf.bind(cmd)
 	wf.bind(cmd)
 	return cmd
+}
+
+// updateProvider changes what the flags name. It never undoes what somebody else
+// changes at the same moment; a status that changes meanwhile does not matter.
+func (a *app) updateProvider(ctx context.Context, c *client.Client, id string, pf *providerFlags) (*pb.UpdateProviderResponse, error) {
+	for {
+		now, err := c.GetProvider(ctx, &pb.GetProviderRequest{ProviderId: id})
+		if err != nil {
+			return nil, err
+		}
+		spec := now.GetProvider().GetSpec()
+		if err := pf.apply(a, id, spec); err != nil {
+			return nil, err
+		}
+		resp, err := c.UpdateProvider(ctx, &pb.UpdateProviderRequest{
+			Spec: spec, Write: &pb.WriteOptions{IfIndex: now.GetProvider().GetModifiedIndex()},
+		})
+		if err == nil || apierror.From(err).Detail("precondition") == "" || ctx.Err() != nil {
+			return resp, err
+		}
+	}
 }
 
 func (a *app) newProviderStart() *cobra.Command {

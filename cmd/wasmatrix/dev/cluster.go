@@ -33,6 +33,8 @@ type Cluster struct {
 	lifeline *os.File // writing end; nobody else holds it
 	reading  *os.File
 	lock     *os.File // holds the directory until all nodes have ended
+	breaker  *breaker
+	ended    chan *Node
 }
 
 // Create lays the cluster out in o.Dir, or opens what an earlier one left
@@ -68,6 +70,10 @@ func Create(o Options) (*Cluster, error) {
 		return nil, errors.Join(err, lock.Close())
 	}
 	c := &Cluster{opts: o, layout: l, lifeline: writing, reading: reading, lock: lock, ContextPath: filepath.Join(o.Dir, "context.yaml")}
+	c.ended = make(chan *Node, 64)
+	if c.breaker, err = newBreaker(c); err != nil {
+		return nil, errors.Join(err, c.Close())
+	}
 	for range o.Nodes {
 		if _, err := c.AddNode(); err != nil {
 			return nil, errors.Join(err, c.Close())
@@ -84,8 +90,15 @@ func (c *Cluster) AddNode() (*Node, error) {
 		return nil, err
 	}
 	n := &Node{
-		Config: cfg, configPath: path, binary: c.opts.Binary, lifeline: c.reading,
+		ended:  c.ended,
+		Config: cfg, argv: []string{c.opts.Binary, "agent", "--config", path}, lifeline: c.reading,
 		LogPath: filepath.Join(filepath.Dir(path), "node.log"),
+	}
+	if c.opts.Command != nil {
+		n.argv = c.opts.Command(n.Name(), n.argv)
+	}
+	if err := c.breaker.admit(n, i); err != nil {
+		return nil, err
 	}
 	c.nodes = append(c.nodes, n)
 	return n, c.layout.writeContext(c.opts, c.Addresses(), c.ContextPath)
@@ -207,7 +220,7 @@ func (c *Cluster) readiness(ctx context.Context, cl *client.Client) (*pb.StatusR
 	}
 	want := uint32(0)
 	for _, n := range c.nodes {
-		if _, err := n.PID(); err == nil {
+		if _, err := n.PID(); err == nil && n.Config.Node.Role != node.RoleServer {
 			want++
 		}
 	}
@@ -223,8 +236,14 @@ func (c *Cluster) readiness(ctx context.Context, cl *client.Client) (*pb.StatusR
 	return status, nil
 }
 
+// Ended returns a channel of nodes whose peer process ended by itself.
+func (c *Cluster) Ended() <-chan *Node { return c.ended }
+
 // Close shuts all nodes down together, peers and agents, and waits for them.
 func (c *Cluster) Close() error {
+	if c.breaker != nil {
+		c.breaker.close()
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), stopGrace+10*time.Second)
 	defer cancel()
 	errs := make([]error, len(c.nodes))

@@ -21,6 +21,9 @@ import (
 // portStride is the distance between the port bases of two nodes.
 const portStride = 100
 
+// loopback is where the nodes of a cluster on one machine listen.
+const loopback = "127.0.0.1"
+
 // certificateLife is how long a development cluster's certificates last.
 const certificateLife = 365 * 24 * time.Hour
 
@@ -42,6 +45,22 @@ type Options struct {
 	Expect int
 	// Providers are declared by the first node; default one key-value provider "kv" on bbolt.
 	Providers []node.ProviderConfig
+	// Breakable lets ServeControl break the network between the nodes.
+	Breakable bool
+	// Address returns the address that node i (from 1) binds; default 127.0.0.1 for all.
+	Address func(i int) string
+	// Adjust changes the configuration of node i before it is written; nil changes nothing.
+	Adjust func(i int, cfg *node.Config)
+	// Command returns the command line that runs argv for a node, such as in a
+	// network namespace of its own; it must replace itself by argv. Nil runs argv.
+	Command func(name string, argv []string) []string
+}
+
+func (o Options) address(i int) string {
+	if o.Address == nil {
+		return loopback
+	}
+	return o.Address(i)
 }
 
 // layout is what a cluster's directory holds besides the nodes' data.
@@ -89,6 +108,7 @@ func (l *layout) writeNode(o Options, i int) (node.Config, string, error) {
 	cfg.DataDir = filepath.Join(dir, "data")
 	cfg.TLS.Dir = filepath.Join(dir, "tls")
 	cfg.Node.Labels = map[string]string{"node": cfg.Node.Name}
+	cfg.Bind.Address = o.address(i)
 	cfg.Bind.PortBase = o.PortBase + (i-1)*portStride
 	cfg.Join.GossipKey = l.gossipKey
 	cfg.Telemetry.Log.Level = o.LogLevel
@@ -101,11 +121,14 @@ func (l *layout) writeNode(o Options, i int) (node.Config, string, error) {
 	}
 	for j := 1; j <= max(o.Nodes, o.Expect); j++ {
 		if j != i {
-			cfg.Join.Peers = append(cfg.Join.Peers, gossipAddress(o.PortBase, j))
+			cfg.Join.Peers = append(cfg.Join.Peers, gossipAddress(o, j))
 		}
 	}
 	if i == 1 {
 		cfg.Providers = o.Providers
+	}
+	if o.Adjust != nil {
+		o.Adjust(i, &cfg)
 	}
 	if _, err := identity.Load(cfg.TLS.Dir); err != nil {
 		subject := identity.Subject{Cluster: "dev", Kind: identity.Node, Name: cfg.Node.Name, Role: identity.RoleBoth}
@@ -147,8 +170,9 @@ func (l *layout) issue(s identity.Subject, dir string) error {
 	return nil
 }
 
-func gossipAddress(portBase, i int) string {
+func gossipAddress(o Options, i int) string {
 	cfg := node.Default()
-	cfg.Bind.PortBase = portBase + (i-1)*portStride
+	cfg.Bind.Address = o.address(i)
+	cfg.Bind.PortBase = o.PortBase + (i-1)*portStride
 	return cfg.GossipAddress()
 }

@@ -29,12 +29,15 @@ type Node struct {
 	// LogPath is the file that takes the output of the node's processes.
 	LogPath string
 
-	binary, configPath string
-	lifeline           *os.File
+	argv     []string // what runs the peer
+	env      []string // entries of its environment
+	lifeline *os.File
+	ended    chan<- *Node // told when the peer process ends by itself
 
-	mu     sync.Mutex
-	cmd    *exec.Cmd
-	exited chan struct{} // closed when cmd has been reaped; then its state is set
+	mu      sync.Mutex
+	cmd     *exec.Cmd
+	exited  chan struct{} // closed when cmd has been reaped; then its state is set
+	planned bool          // the process is ended on purpose
 }
 
 // Name returns the node's id.
@@ -55,20 +58,36 @@ func (n *Node) Start() error {
 		return fmt.Errorf("start %s: %w", n.Name(), err)
 	}
 	defer log.Close()
-	cmd := exec.Command(n.binary, "agent", "--config", n.configPath)
+	cmd := exec.Command(n.argv[0], n.argv[1:]...)
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.ExtraFiles = []*os.File{n.lifeline}
-	cmd.Env = append(nodeEnv(os.Environ()), node.LifelineEnv(3))
+	cmd.Env = append(append(nodeEnv(os.Environ()), node.LifelineEnv(3)), n.env...)
 	if err := cmd.Start(); err != nil {
 		return fmt.Errorf("start %s: %w", n.Name(), err)
 	}
-	n.cmd, n.exited = cmd, make(chan struct{})
+	n.cmd, n.exited, n.planned = cmd, make(chan struct{}), false
 	go func(exited chan struct{}) {
 		_ = cmd.Wait() // its state says the same
 		close(exited)
+		n.mu.Lock()
+		defer n.mu.Unlock()
+		if n.cmd == cmd && !n.planned {
+			select {
+			case n.ended <- n:
+			default: // nobody listens
+			}
+		}
 	}(n.exited)
 	return nil
+}
+
+// killPlanned ends the node with end; that is not told as an end by itself.
+func (n *Node) killPlanned(end func() error) error {
+	n.mu.Lock()
+	n.planned = true
+	n.mu.Unlock()
+	return end()
 }
 
 // nodeEnv leaves out of an environment what would win over a node's

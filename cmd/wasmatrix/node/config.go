@@ -113,6 +113,14 @@ type RaftConfig struct {
 	HeartbeatTimeout time.Duration `yaml:"heartbeat_timeout"`
 	// SnapshotThreshold is the number of log entries between snapshots; default 8192.
 	SnapshotThreshold uint64 `yaml:"snapshot_threshold"`
+	// SnapshotInterval is how often that number is looked at, up to doubled at random; default 30s.
+	SnapshotInterval time.Duration `yaml:"snapshot_interval"`
+	// TrailingLogs is the number of log entries kept behind a snapshot for peers
+	// that lag; one that lags more gets the snapshot. Default 10240.
+	TrailingLogs uint64 `yaml:"trailing_logs"`
+	// StabilizationTime is how long a new peer must have been in touch with the
+	// leader before it votes; default 2s.
+	StabilizationTime time.Duration `yaml:"stabilization_time"`
 	// DeadPeerAfter is how long a peer must be gone from gossip before the
 	// leader removes it; default 24h, 0 means never.
 	DeadPeerAfter *time.Duration `yaml:"dead_peer_after"`
@@ -164,10 +172,13 @@ type LogConfig struct {
 func Default() Config {
 	day := 24 * time.Hour
 	return Config{
-		Cluster:   "wasmatrix",
-		Node:      Self{Role: RoleBoth},
-		Bind:      BindConfig{Address: "127.0.0.1", PortBase: 7400},
-		Raft:      RaftConfig{HeartbeatTimeout: 250 * time.Millisecond, SnapshotThreshold: 8192, DeadPeerAfter: &day},
+		Cluster: "wasmatrix",
+		Node:    Self{Role: RoleBoth},
+		Bind:    BindConfig{Address: "127.0.0.1", PortBase: 7400},
+		Raft: RaftConfig{
+			HeartbeatTimeout: 250 * time.Millisecond, StabilizationTime: 2 * time.Second, SnapshotThreshold: 8192,
+			SnapshotInterval: 30 * time.Second, TrailingLogs: 10240, DeadPeerAfter: &day,
+		},
 		Limits:    LimitsConfig{Instances: 1000, Memory: "4GiB"},
 		Runtime:   RuntimeConfig{Default: "wasm"},
 		Telemetry: TelemetryConfig{Log: LogConfig{Level: "info", Format: "text"}, MetricsAddr: "127.0.0.1:9100"},
@@ -269,6 +280,12 @@ func (c *Config) Complete() error {
 	}
 	if c.Raft.HeartbeatTimeout < 50*time.Millisecond {
 		wrong("raft.heartbeat_timeout %s: want at least 50ms", c.Raft.HeartbeatTimeout)
+	}
+	if c.Raft.StabilizationTime < c.Raft.HeartbeatTimeout {
+		wrong("raft.stabilization_time %s: want at least raft.heartbeat_timeout, %s", c.Raft.StabilizationTime, c.Raft.HeartbeatTimeout)
+	}
+	if c.Raft.SnapshotInterval < 5*time.Millisecond {
+		wrong("raft.snapshot_interval %s: want at least 5ms", c.Raft.SnapshotInterval)
 	}
 	if c.Node.Role == RoleWorker && len(c.Join.APIPeers) == 0 {
 		wrong("join.api_peers is empty: a worker needs the API address of at least one peer")

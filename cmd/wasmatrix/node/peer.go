@@ -24,6 +24,7 @@ import (
 	"github.com/wasmatrix/wasmatrix/cluster/schedule"
 	"github.com/wasmatrix/wasmatrix/fsm"
 	"github.com/wasmatrix/wasmatrix/identity"
+	"github.com/wasmatrix/wasmatrix/internal/faults"
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
 	"github.com/wasmatrix/wasmatrix/rpc"
 )
@@ -44,6 +45,7 @@ type peerProcess struct {
 	id       *identity.Identity
 	registry *prometheus.Registry  // what is served
 	metrics  prometheus.Registerer // where the parts register; it tells this process's series from the agent's
+	network  *faults.Injector      // nil but in a development cluster
 
 	peer       *cluster.Peer
 	control    *control.Service
@@ -62,6 +64,9 @@ func newPeerProcess(cfg Config, log *slog.Logger) (*peerProcess, error) {
 	if p.id, err = loadIdentity(cfg); err != nil {
 		return nil, err
 	}
+	if p.network, p.id, err = openNetwork(cfg, p.id, p.log); err != nil {
+		return nil, err
+	}
 	p.pool = p.id.NewPool(anyNode, rpc.DialOptions()...)
 	if err := p.newPeer(log); err != nil {
 		return nil, err
@@ -75,6 +80,10 @@ func newPeerProcess(cfg Config, log *slog.Logger) (*peerProcess, error) {
 
 // newPeer makes the peer; the cluster package names it in its log itself.
 func (p *peerProcess) newPeer(log *slog.Logger) (err error) {
+	var link gossip.Link
+	if p.network != nil {
+		link = p.network
+	}
 	key, err := p.cfg.Join.gossipKey()
 	if err != nil {
 		return fmt.Errorf("join.gossip_key: %w", err)
@@ -88,12 +97,14 @@ func (p *peerProcess) newPeer(log *slog.Logger) (err error) {
 		DataDir:  p.cfg.DataDir,
 		RaftBind: p.cfg.bound(portRaft), RaftAdvertise: p.cfg.advertised(portRaft), APIAdvertise: p.cfg.APIAddress(),
 		Gossip: gossip.Config{
-			Bind: p.cfg.bound(portGossip), Advertise: p.cfg.GossipAddress(), Join: p.cfg.Join.Peers, Key: key, Logger: log,
+			Bind: p.cfg.bound(portGossip), Advertise: p.cfg.GossipAddress(), Join: p.cfg.Join.Peers, Key: key, Logger: log, Link: link,
 		},
 		BootstrapExpect: p.cfg.Join.BootstrapExpect,
-		Timers:          cluster.Timers{Heartbeat: p.cfg.Raft.HeartbeatTimeout, DeadPeerAfter: deadPeerAfter},
-		Snapshots:       cluster.Snapshots{Threshold: p.cfg.Raft.SnapshotThreshold},
-		Identity:        p.id, Logger: log, Registerer: p.metrics,
+		Timers:          cluster.Timers{Heartbeat: p.cfg.Raft.HeartbeatTimeout, Stabilization: p.cfg.Raft.StabilizationTime, DeadPeerAfter: deadPeerAfter},
+		Snapshots: cluster.Snapshots{
+			Threshold: p.cfg.Raft.SnapshotThreshold, Interval: p.cfg.Raft.SnapshotInterval, Trailing: p.cfg.Raft.TrailingLogs,
+		},
+		Identity: p.id, Logger: log, Registerer: p.metrics,
 	})
 	return err
 }
@@ -158,7 +169,7 @@ func (p *peerProcess) peerRefs(context.Context) []modules.PeerRef {
 // It calls opened once the peer holds its ports.
 func (p *peerProcess) Run(ctx context.Context, opened func()) (err error) {
 	defer func() { err = errors.Join(err, p.pool.Close()) }()
-	api, err := listen(p.cfg.bound(portAPI), "the API")
+	api, err := listen(p.network, p.cfg.bound(portAPI), "the API")
 	if err != nil {
 		return err
 	}
@@ -174,7 +185,7 @@ func (p *peerProcess) Run(ctx context.Context, opened func()) (err error) {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
 		defer stopBelow()
-		return p.peer.Run(below)
+		return p.endSoon(p.peer.Run(below))
 	})
 	g.Go(func() error {
 		err := p.replicator.Run(ctx)
@@ -183,6 +194,7 @@ func (p *peerProcess) Run(ctx context.Context, opened func()) (err error) {
 	g.Go(func() error {
 		return serveGRPC(ctx, p.server, api, func() { p.health.Shutdown(); p.control.Close() }, stopBelow)
 	})
+	g.Go(func() error { return p.network.Run(ctx) })
 	handler := newHTTPHandler(p.gatherer(), p.checks())
 	for _, l := range httpListeners {
 		g.Go(func() error { return serveHTTP(ctx, l, handler) })
@@ -193,14 +205,14 @@ func (p *peerProcess) Run(ctx context.Context, opened func()) (err error) {
 }
 
 func (p *peerProcess) listenHTTP() ([]net.Listener, error) {
-	l, err := listen(p.cfg.bound(portHTTP), "health and metrics")
+	l, err := listen(nil, p.cfg.bound(portHTTP), "health and metrics")
 	if err != nil {
 		return nil, err
 	}
 	if p.cfg.Telemetry.MetricsAddr == "off" {
 		return []net.Listener{l}, nil
 	}
-	m, err := listen(p.cfg.Telemetry.MetricsAddr, "metrics (telemetry.metrics_addr)")
+	m, err := listen(nil, p.cfg.Telemetry.MetricsAddr, "metrics (telemetry.metrics_addr)")
 	if err != nil {
 		return nil, errors.Join(err, l.Close())
 	}
@@ -268,8 +280,8 @@ func certificateRole(role string) string {
 
 func anyNode(s identity.Subject) bool { return s.Kind == identity.Node }
 
-func listen(address, what string) (net.Listener, error) {
-	l, err := net.Listen("tcp", address)
+func listen(network *faults.Injector, address, what string) (net.Listener, error) {
+	l, err := network.Listen("tcp", address)
 	if err != nil {
 		return nil, fmt.Errorf("listen for %s: %w: %w; is a node running on these ports already? See bind.port_base", what, ErrPort, err)
 	}

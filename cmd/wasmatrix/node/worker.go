@@ -17,6 +17,7 @@ import (
 
 	"github.com/wasmatrix/wasmatrix/agent"
 	"github.com/wasmatrix/wasmatrix/identity"
+	"github.com/wasmatrix/wasmatrix/internal/faults"
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
 	"github.com/wasmatrix/wasmatrix/provider"
 	"github.com/wasmatrix/wasmatrix/provider/kv"
@@ -38,6 +39,7 @@ type agentProcess struct {
 	id       *identity.Identity
 	registry *prometheus.Registry  // what is served
 	metrics  prometheus.Registerer // where the parts register
+	network  *faults.Injector      // nil but in a development cluster
 
 	agent   *agent.Agent
 	runtime runtime.Runtime
@@ -50,6 +52,9 @@ func newAgentProcess(ctx context.Context, cfg Config, log *slog.Logger) (_ *agen
 	a := &agentProcess{cfg: cfg, log: log.With("node", cfg.Node.Name, "process", "agent")}
 	a.registry, a.metrics = newRegistry("agent")
 	if a.id, err = loadIdentity(cfg); err != nil {
+		return nil, err
+	}
+	if a.network, a.id, err = openNetwork(cfg, a.id, a.log); err != nil {
 		return nil, err
 	}
 	self, err := os.Executable()
@@ -114,15 +119,16 @@ func (a *agentProcess) Run(ctx context.Context) (err error) {
 		return err
 	}
 	defer lock.Close()
-	api, err := listen(a.cfg.bound(portAgent), "the agent's API")
+	api, err := listen(a.network, a.cfg.bound(portAgent), "the agent's API")
 	if err != nil {
 		return err
 	}
-	web, err := listen(a.cfg.bound(portAgentHTTP), "the agent's health and metrics")
+	web, err := listen(nil, a.cfg.bound(portAgentHTTP), "the agent's health and metrics")
 	if err != nil {
 		return errors.Join(err, api.Close())
 	}
 	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return a.network.Run(ctx) })
 	g.Go(func() error { return ignoreEnd(ctx, a.agent.Run(ctx)) })
 	g.Go(func() error { return serveGRPC(ctx, a.server, api, a.health.Shutdown, func() {}) })
 	g.Go(func() error { return serveHTTP(ctx, web, newHTTPHandler(a.registry, a.checks())) })
