@@ -3,7 +3,12 @@ package e2e
 import (
 	"context"
 	"fmt"
+	"os"
+	"os/exec"
+	"runtime"
 	"slices"
+	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -13,15 +18,13 @@ import (
 )
 
 // TestLeaderKills kills the leader again and again under load: no acknowledged
-// write is lost, none is applied twice, invocations go on.
+// write is lost, none is applied twice, invocations go on. WASMATRIX_FAILOVER_ROUNDS
+// is how often.
 func TestLeaderKills(t *testing.T) {
-	kills := 20
-	if testing.Short() {
-		kills = 3
-	}
+	kills := rounds(t, "WASMATRIX_FAILOVER_ROUNDS", 10)
 	c := harness.Start(t, dev.Options{Nodes: 3})
 	c.RunHello("hello", "n2")
-	ctx := c.Context(4 * time.Minute)
+	ctx := c.Context(time.Minute + time.Duration(kills)*10*time.Second)
 	load := harness.StartLoad(ctx, c.Client, "hello")
 	defer load.Stop()
 	var gaps []time.Duration
@@ -34,7 +37,8 @@ func TestLeaderKills(t *testing.T) {
 		if err := victim.KillPeer(); err != nil {
 			t.Fatal(err)
 		}
-		first, err := load.WaitWriteAfter(ctx, killed)
+		// What is acknowledged from now on, nobody but a new leader acknowledges.
+		first, err := load.WaitWriteAfter(ctx, time.Now())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -52,13 +56,129 @@ func TestLeaderKills(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	slices.Sort(gaps)
-	t.Logf("write gap over %d leader kills: p50 %s, p90 %s, max %s", kills, gaps[len(gaps)/2], gaps[len(gaps)*9/10], gaps[len(gaps)-1])
+	t.Logf("from kill -9 of the leader to the next acknowledged write, %d times: %s", kills, distribution(gaps))
 	t.Logf("writes %d, lost %d, applied twice %d; invocations %d, failed %d, visits %d, longest gap %s", report.Writes, report.Lost,
 		report.Doubled, report.Invocations, report.Failed, report.Visits, report.LongestGap)
 	if err := report.Err(); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// TestTransfersUnderLoad moves the leadership on, again and again: no call of a
+// client fails. WASMATRIX_TRANSFER_ROUNDS is how often.
+func TestTransfersUnderLoad(t *testing.T) {
+	transfers := rounds(t, "WASMATRIX_TRANSFER_ROUNDS", 10)
+	c := harness.Start(t, dev.Options{Nodes: 3})
+	c.RunHello("hello", "n2")
+	ctx := c.Context(time.Minute + time.Duration(transfers)*5*time.Second)
+	load := harness.StartLoad(ctx, c.Client, "hello")
+	defer load.Stop()
+	var gaps, calls []time.Duration
+	for range transfers {
+		if err := load.WaitProgress(ctx, 20); err != nil {
+			t.Fatal(err)
+		}
+		began := time.Now()
+		moved, err := c.Client.TransferLeadership(ctx, &pb.TransferLeadershipRequest{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if moved.LeaderId == moved.PreviousLeaderId {
+			t.Errorf("%s stayed the leader", moved.LeaderId)
+		}
+		calls = append(calls, time.Since(began))
+		if err := load.WaitProgress(ctx, 2); err != nil {
+			t.Fatal(err)
+		}
+		gaps = append(gaps, load.WriteGapSince(began))
+	}
+	report, err := load.Verify(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("longest time without an acknowledged write around a planned transfer, %d times: %s", transfers, distribution(gaps))
+	t.Logf("the order itself: %s", distribution(calls))
+	if err := report.Err(); err != nil {
+		t.Fatal(err)
+	}
+	if report.Failed > 0 {
+		t.Fatalf("%d calls failed, the last one with: %v", report.Failed, report.LastFailure)
+	}
+}
+
+// TestNoElectionWithoutAReason leaves a cluster alone on a machine that has more
+// to do than it can: the term stays as it is. WASMATRIX_SOAK is for how long.
+func TestNoElectionWithoutAReason(t *testing.T) {
+	soak := 8 * time.Second
+	if given := os.Getenv("WASMATRIX_SOAK"); given != "" {
+		var err error
+		if soak, err = time.ParseDuration(given); err != nil {
+			t.Fatal(err)
+		}
+	} else if testing.Short() {
+		t.Skip("needs seconds in which nothing happens")
+	}
+	c := harness.Start(t, dev.Options{Nodes: 3})
+	before, err := statusOf(c.Context(time.Minute), c, c.Leader())
+	if err != nil {
+		t.Fatal(err)
+	}
+	burning, extinguish := context.WithTimeout(t.Context(), soak)
+	defer extinguish()
+	var burners []*exec.Cmd
+	for range 8 {
+		burner := exec.CommandContext(burning, "sh", "-c", "while :; do :; done")
+		if err := burner.Start(); err != nil {
+			t.Fatal(err)
+		}
+		burners = append(burners, burner)
+	}
+	<-burning.Done()
+	for _, burner := range burners {
+		_ = burner.Wait() // it was killed
+	}
+	after, err := statusOf(c.Context(time.Minute), c, c.Leader())
+	if err != nil {
+		t.Fatal(err)
+	}
+	doubts := 0
+	for _, n := range c.Nodes() {
+		raw, err := os.ReadFile(n.LogPath)
+		if err != nil {
+			t.Fatal(err)
+		}
+		doubts += strings.Count(string(raw), "heartbeat timeout reached, starting election")
+	}
+	t.Logf("%s with 8 burners on %d processors: term %d before, %d after; followers missed the leader %d times, the first election included",
+		soak, runtime.NumCPU(), before.Term, after.Term, doubts)
+	if after.Term != before.Term || after.LeaderId != before.LeaderId {
+		t.Errorf("%s led in term %d, now it is %s in term %d", before.LeaderId, before.Term, after.LeaderId, after.Term)
+	}
+}
+
+// rounds returns how often something is to be done: what the environment says,
+// else usual, and little in short tests.
+func rounds(t *testing.T, variable string, usual int) int {
+	t.Helper()
+	if given := os.Getenv(variable); given != "" {
+		n, err := strconv.Atoi(given)
+		if err != nil || n < 1 {
+			t.Fatalf("%s=%q: want a number of rounds", variable, given)
+		}
+		return n
+	}
+	if testing.Short() {
+		return min(usual, 3)
+	}
+	return usual
+}
+
+func distribution(all []time.Duration) string {
+	slices.Sort(all)
+	at := func(percent int) time.Duration {
+		return all[min(len(all)*percent/100, len(all)-1)].Round(100 * time.Microsecond)
+	}
+	return fmt.Sprintf("p50 %s, p90 %s, p99 %s, max %s", at(50), at(90), at(99), at(100))
 }
 
 // TestAllPeersKilled kills every peer and agent at once, as a power cut would.

@@ -177,6 +177,17 @@ func (l *Load) WaitWriteAfter(ctx context.Context, t time.Time) (at time.Time, e
 	return at, err
 }
 
+// WriteGapSince returns the longest time between two acknowledged writes of which
+// the later one came after t.
+func (l *Load) WriteGapSince(t time.Time) (longest time.Duration) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for i := len(l.writes) - 1; i > 0 && l.writes[i].at.After(t); i-- {
+		longest = max(longest, l.writes[i].at.Sub(l.writes[i-1].at))
+	}
+	return longest
+}
+
 // wait blocks until ok, which is called under l.mu, or ctx ends.
 func (l *Load) wait(ctx context.Context, what string, ok func() bool) error {
 	for {
