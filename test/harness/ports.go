@@ -21,31 +21,46 @@ var held []net.Listener // what keeps other processes off a range, until this on
 
 // FreePortBase returns a port base with room for nodes nodes that nothing
 // listens on. Test processes that run side by side keep clear of each other by
-// listening on a port of the range that no node uses. It panics when there is none.
+// listening, for each node, on a port that no node uses. It panics when there is none.
 func FreePortBase(nodes int) int {
-	for base := firstBase; base+nodes*stride <= lastBase; base += 10 * stride {
-		lock, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", base+stride-1))
-		if err != nil {
-			continue
-		}
-		if free(base, nodes) {
-			held = append(held, lock)
+	for base := firstBase; base+nodes*stride <= lastBase; base += stride {
+		if locks, ok := claim(base, nodes); ok {
+			held = append(held, locks...)
 			return base
 		}
-		_ = lock.Close()
 	}
 	panic(fmt.Sprintf("no free ports for %d nodes between %d and %d", nodes, firstBase, lastBase))
 }
 
-func free(base, nodes int) bool {
-	for i := range nodes {
-		for offset := range node.PortCount {
-			l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", base+i*stride+offset))
-			if err != nil {
-				return false
+// claim takes the ranges of nodes from base on, or none of them.
+func claim(base, nodes int) (locks []net.Listener, ok bool) {
+	defer func() {
+		if !ok {
+			for _, lock := range locks {
+				_ = lock.Close()
 			}
-			_ = l.Close()
 		}
+	}()
+	for at := base; at < base+nodes*stride; at += stride {
+		lock, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", at+stride-1))
+		if err != nil {
+			return locks, false
+		}
+		locks = append(locks, lock)
+		if !free(at) {
+			return locks, false
+		}
+	}
+	return locks, true
+}
+
+func free(base int) bool {
+	for offset := range node.PortCount {
+		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", base+offset))
+		if err != nil {
+			return false
+		}
+		_ = l.Close()
 	}
 	return true
 }
