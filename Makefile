@@ -22,6 +22,10 @@ help: ## list the targets
 demo: build guests ## three nodes as real processes, a guest, a killed leader: see it work
 	$(GO) run ./test/demo -binary $(BIN) -guests build/guests
 
+# Packages whose tests need the built binary, or are a lane of their own.
+LANES := /test/e2e|/test/corruption|/test/chaos|/test/sim
+ON_BINARY := WASMATRIX_BINARY=$(CURDIR)/$(BIN) WASMATRIX_GUESTS=$(CURDIR)/build/guests
+
 .PHONY: build
 build: ## build the binary into build/wasmatrix
 	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN) ./cmd/wasmatrix
@@ -44,15 +48,51 @@ test: ## everything: set-up, lint, generated code, unit tests with -race, end-to
 .PHONY: check
 check: build guests ## the fast lane: vet, unit tests without -race
 	$(GO) vet ./...
-	$(GO) test -short $$($(GO) list ./... | grep -v /test/e2e)
+	$(GO) test -short $$($(GO) list ./... | grep -Ev '$(LANES)')
 
 .PHONY: race
 race: guests ## unit tests with the race detector
-	CGO_ENABLED=1 $(GO) test -race -timeout 20m $$($(GO) list ./... | grep -v /test/e2e)
+	CGO_ENABLED=1 $(GO) test -race -timeout 20m $$($(GO) list ./... | grep -Ev '$(LANES)')
 
 .PHONY: e2e
 e2e: build guests ## end-to-end tests on real processes
-	WASMATRIX_BINARY=$(CURDIR)/$(BIN) WASMATRIX_GUESTS=$(CURDIR)/build/guests $(GO) test -v -count=1 -timeout 30m ./test/e2e ./test/docs
+	$(ON_BINARY) $(GO) test -v -count=1 -timeout 30m ./test/e2e ./test/docs
+
+.PHONY: sim
+SEEDS ?= 5
+FROM ?= 1
+HOURS ?= 0
+sim: ## simulated clusters under faults: SEEDS=200 FROM=1 HOURS=100 of virtual time in all
+	$(GO) test -v -count=1 -timeout 0 ./test/sim -run 'TestSim$$' -args -seeds $(SEEDS) -from $(FROM) -hours $(HOURS)
+
+.PHONY: planted
+planted: ## the simulation must find every planted bug
+	$(GO) test -v -count=1 -timeout 30m -tags planted ./test/sim -run TestPlanted
+
+.PHONY: chaos
+ROUNDS ?= 4
+chaos: build guests ## histories of real processes under faults, checked for linearizability: ROUNDS=50
+	$(ON_BINARY) $(GO) test -v -count=1 -timeout 0 ./test/chaos -args -rounds $(ROUNDS)
+
+.PHONY: corruption
+FLIPS ?= 200
+corruption: build guests ## damaged files, failing and full disks, lost quorum: FLIPS=1000
+	$(ON_BINARY) $(GO) test -v -count=1 -timeout 60m ./test/corruption -args -flips $(FLIPS)
+
+.PHONY: failover
+failover: build guests ## time from the death of the leader to the next write: ROUNDS=100
+	WASMATRIX_FAILOVER_ROUNDS=$(ROUNDS) WASMATRIX_TRANSFER_ROUNDS=$(ROUNDS) $(ON_BINARY) \
+	  $(GO) test -v -count=1 -timeout 0 ./test/e2e -run 'TestLeaderKills$$|TestTransfersUnderLoad'
+
+.PHONY: node-loss
+node-loss: build guests ## time until a lost node's instances serve elsewhere, and overlapping effects: ROUNDS=50
+	WASMATRIX_NODELOSS_ROUNDS=$(ROUNDS) $(ON_BINARY) \
+	  $(GO) test -v -count=1 -timeout 0 ./test/e2e -run 'TestNodeKilled|TestNodeCutOff|TestAgentPaused|TestAgentKilled'
+
+.PHONY: soak
+SOAK ?= 10m
+soak: build guests ## no election without a reason while every processor is busy: SOAK=10m
+	WASMATRIX_SOAK=$(SOAK) $(ON_BINARY) $(GO) test -v -count=1 -timeout 0 ./test/e2e -run TestNoElectionWithoutAReason
 
 .PHONY: lint
 lint: $(GOLANGCI) ## golangci-lint, import walls, buf lint

@@ -7,6 +7,7 @@ import (
 
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"github.com/wasmatrix/wasmatrix/internal/plant"
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
 )
 
@@ -99,7 +100,7 @@ func (t *tx) enterSession(id string, c *pb.CommandSession) *refusal {
 			with(detailOutcome, outcomeUnknown).
 			with(detailAttempt, outcomeFailed)
 	}
-	if other, used := first[*pb.DedupRecord](t.txn, tableDedup, indexSession, c.GetId(), c.GetSequence()); used {
+	if other, used := first[*pb.DedupRecord](t.txn, tableDedup, indexSession, c.GetId(), c.GetSequence()); used && !plant.On(plant.NoDedup) {
 		return refuse(pb.ErrorCode_ERROR_CODE_CONFLICT,
 			"number %d of the session was used for another request", c.GetSequence()).
 			with("session", c.GetId()).

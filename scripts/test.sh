@@ -33,6 +33,15 @@ step "guest SDK"
 step "end-to-end tests on the built binary"
 make --no-print-directory e2e
 
+step "damaged files, failing and full disks, lost quorum"
+make --no-print-directory corruption
+
+step "simulated clusters under faults, and whether the simulation finds planted bugs"
+make --no-print-directory sim planted
+
+step "histories of real processes under faults"
+make --no-print-directory chaos
+
 step "the demo"
 make --no-print-directory demo
 
