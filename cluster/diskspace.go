@@ -28,8 +28,8 @@ const (
 	probeBlock = 4096
 	// spaceCheck is how often the free space is looked at, and the disk of an idle leader probed.
 	spaceCheck = 500 * time.Millisecond
-	// moveAway is how long a leader on a full disk waits before it offers leadership again.
-	moveAway = time.Minute
+	// offerAgain is how long a leader on a full disk waits, after nobody could take it, before it offers leadership again.
+	offerAgain = 2 * time.Second
 )
 
 // diskSpace knows how much room the disk has. It keeps a file of some size that
@@ -212,13 +212,15 @@ func (p *Peer) diskDuty(ctx context.Context) error {
 	if space == nil || r == nil {
 		return nil
 	}
+	told := false
 	for {
-		if space.full.Load() {
-			if err := p.handOver(ctx, r); err != nil && ctx.Err() == nil {
-				p.log.Warn("leadership stays on a full disk", "error", err)
-			}
+		if full := space.full.Load(); !full {
+			told = false
+		} else if err := p.handOver(ctx, r); err != nil && ctx.Err() == nil && !told {
+			p.log.Warn("leadership stays on a full disk for now", "error", err, "again_in", offerAgain)
+			told = true
 		}
-		if !pause(ctx, moveAway, space.changed) {
+		if !pause(ctx, offerAgain, space.changed) {
 			return nil
 		}
 	}
