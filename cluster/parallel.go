@@ -1,10 +1,8 @@
 package cluster
 
 import (
-	"errors"
 	"slices"
 	"sync"
-	"syscall"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -88,7 +86,7 @@ func (p *parallelLogs) write() {
 		batch := p.unsynced[:min(len(p.unsynced), maxAppendEntries)]
 		p.mu.Unlock()
 		err := p.LogStore.StoreLogs(batch)
-		for errors.Is(err, syscall.ENOSPC) {
+		for isFull(err) {
 			// The disk watch takes leadership away meanwhile; the entries may
 			// still be committed by others, so they are not dropped.
 			<-time.After(spaceRetry)

@@ -3,6 +3,7 @@ package cluster
 import (
 	"context"
 	"errors"
+	"fmt"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -11,6 +12,8 @@ import (
 	"time"
 
 	"github.com/hashicorp/raft"
+
+	"github.com/wasmatrix/wasmatrix/cluster/raftfile"
 )
 
 // gatedLogs is a log store whose writes wait while the gate is shut.
@@ -108,21 +111,28 @@ func TestWritesThatMayNotBeParallel(t *testing.T) {
 }
 
 func TestFailedWriteOfTheLeaderIsNeverCounted(t *testing.T) {
-	disk := newGatedLogs()
-	disk.errs = []error{errors.New("input/output error")}
-	broken := make(chan error, 1)
-	logs := newParallelLogs(disk, func() bool { return true }, func(err error) { broken <- err })
-	if err := logs.StoreLogs(entriesFrom(1, 2)); err != nil {
-		t.Fatal(err)
-	}
-	if err := logs.synced(); err == nil {
-		t.Error("entries whose write failed count as synced")
-	}
-	if err := <-broken; err == nil {
-		t.Error("the peer was not told")
-	}
-	if err := logs.StoreLogs(entriesFrom(3, 1)); err == nil {
-		t.Error("a store that failed takes further entries")
+	for name, failure := range map[string]error{
+		"input/output error":            errors.New("input/output error"),
+		"a disk that got full half-way": fmt.Errorf("%w: %w", raftfile.ErrFailed, syscall.ENOSPC),
+	} {
+		t.Run(name, func(t *testing.T) {
+			disk := newGatedLogs()
+			disk.errs = []error{failure}
+			broken := make(chan error, 1)
+			logs := newParallelLogs(disk, func() bool { return true }, func(err error) { broken <- err })
+			if err := logs.StoreLogs(entriesFrom(1, 2)); err != nil {
+				t.Fatal(err)
+			}
+			if err := logs.synced(); err == nil {
+				t.Fatal("entries whose write failed count as synced")
+			}
+			if err := <-broken; err == nil {
+				t.Error("the peer was not told")
+			}
+			if err := logs.StoreLogs(entriesFrom(3, 1)); err == nil {
+				t.Error("a store that failed takes further entries")
+			}
+		})
 	}
 }
 
