@@ -65,6 +65,10 @@ func (c *Client) FollowLogs(ctx context.Context, req *pb.FollowLogsRequest) iter
 	}
 }
 
+// deadlineSlack is how much earlier than the caller itself a peer may notice that
+// the caller's time is over.
+const deadlineSlack = 50 * time.Millisecond
+
 // follow hands every message of a stream to each, and opens the stream anew
 // when it broke, until each returns false or there is an error for fail. What a
 // clean end of the stream means is said by reopen.
@@ -90,6 +94,9 @@ func follow[M any](ctx context.Context, patience time.Duration, reopen bool,
 			failingSince = time.Now()
 		}
 		ended := errors.Is(err, io.EOF)
+		if deadline, has := ctx.Deadline(); has && !ended && time.Until(deadline) < deadlineSlack {
+			<-ctx.Done()
+		}
 		switch {
 		case ctx.Err() != nil:
 			fail(ctx.Err())
