@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/wasmatrix/wasmatrix/test/harness"
+	"github.com/wasmatrix/wasmatrix/test/register"
 )
 
 var (
@@ -209,10 +210,10 @@ func (r *round) settle() (term uint64, err error) {
 func (r *round) report(elections int, checking time.Duration) {
 	refused, open := 0, 0
 	for _, op := range r.history.ops {
-		switch as[output](op.Output).Outcome {
-		case exists, absent:
+		switch register.As[register.Output](op.Output).Outcome {
+		case register.Exists, register.Absent:
 			refused++
-		case unknown:
+		case register.Unknown:
 			open++
 		default:
 		}

@@ -16,6 +16,7 @@ import (
 	"github.com/wasmatrix/wasmatrix/apierror"
 	"github.com/wasmatrix/wasmatrix/client"
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
+	"github.com/wasmatrix/wasmatrix/test/register"
 )
 
 const (
@@ -76,7 +77,7 @@ func (l *load) run(ctx context.Context) {
 			random := rand.New(rand.NewPCG(l.seed, uint64(i)))
 			for ctx.Err() == nil {
 				in, limit := l.next(random, i), callTimeout
-				if in.Kind == get {
+				if in.Kind == register.Get {
 					limit = min(callTimeout, readTimeout+time.Duration(random.ExpFloat64()*float64(readTimeout)))
 				}
 				l.do(context.WithoutCancel(ctx), c, i, in, limit)
@@ -90,7 +91,7 @@ func (l *load) run(ctx context.Context) {
 			random := rand.New(rand.NewPCG(l.seed, uint64(id)))
 			wg.Go(func() {
 				for ctx.Err() == nil {
-					in := input{Kind: get, Key: key(int(l.started.Load()/keyLife), random.IntN(keysAtOnce))}
+					in := register.Input{Kind: register.Get, Key: key(int(l.started.Load()/keyLife), random.IntN(keysAtOnce))}
 					call := l.history.now()
 					read, cancel := context.WithTimeout(context.WithoutCancel(ctx), readTimeout)
 					out, _ := readAt(read, one, in.Key) // without an answer it says nothing
@@ -115,18 +116,18 @@ func pause(ctx context.Context, d time.Duration) {
 }
 
 // next draws an operation. Values are never used twice in one history.
-func (l *load) next(random *rand.Rand, client int) input {
+func (l *load) next(random *rand.Rand, client int) register.Input {
 	n := l.started.Add(1)
-	in := input{Key: key(int(n/keyLife), random.IntN(keysAtOnce)), Value: int(n)*len(l.clients) + client}
+	in := register.Input{Key: key(int(n/keyLife), random.IntN(keysAtOnce)), Value: uint64(int(n)*len(l.clients) + client)}
 	switch p := random.IntN(100); {
 	case p < 42:
-		in.Kind = get
+		in.Kind = register.Get
 	case p < 80:
-		in.Kind = update
+		in.Kind = register.Update
 	case p < 92:
-		in.Kind = register
+		in.Kind = register.Create
 	default:
-		in.Kind = deregister
+		in.Kind = register.Remove
 	}
 	return in
 }
@@ -138,7 +139,7 @@ func (l *load) readAll(ctx context.Context) error {
 	for life := range int(l.started.Load()/keyLife) + 1 {
 		for i := range keysAtOnce {
 			before := l.unsure.Load()
-			l.do(ctx, l.clients[i%len(l.clients)], i%len(l.clients), input{Kind: get, Key: key(life, i)}, callTimeout)
+			l.do(ctx, l.clients[i%len(l.clients)], i%len(l.clients), register.Input{Kind: register.Get, Key: key(life, i)}, callTimeout)
 			if l.unsure.Load() != before {
 				return fmt.Errorf("the last read of %s got no answer: %v", key(life, i), l.failures())
 			}
@@ -148,14 +149,14 @@ func (l *load) readAll(ctx context.Context) error {
 }
 
 // do makes one call and records it.
-func (l *load) do(ctx context.Context, c *client.Client, id int, in input, limit time.Duration) {
+func (l *load) do(ctx context.Context, c *client.Client, id int, in register.Input, limit time.Duration) {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	call := l.history.now()
 	out, err := perform(ctx, c, in)
 	l.history.add(id, in, out, call)
 	if err == nil {
-		if in.Kind != get {
+		if in.Kind != register.Get {
 			l.acked.Add(1)
 		}
 		return
@@ -184,32 +185,32 @@ func (l *load) err() error {
 }
 
 // perform makes one call. An error comes with an unknown outcome.
-func perform(ctx context.Context, c *client.Client, in input) (output, error) {
+func perform(ctx context.Context, c *client.Client, in register.Input) (register.Output, error) {
 	var err error
 	switch in.Kind {
-	case get:
+	case register.Get:
 		return readAt(ctx, c, in.Key)
-	case register:
+	case register.Create:
 		_, err = c.RegisterProvider(ctx, &pb.RegisterProviderRequest{Spec: spec(in)})
-	case update:
+	case register.Update:
 		_, err = c.UpdateProvider(ctx, &pb.UpdateProviderRequest{Spec: spec(in)})
 	default:
 		_, err = c.DeregisterProvider(ctx, &pb.DeregisterProviderRequest{ProviderId: in.Key})
 	}
 	switch code := apierror.CodeOf(err); {
 	case err == nil:
-		return output{}, nil
+		return register.Output{}, nil
 	case apierror.From(err).Detail(apierror.DetailOutcome) == apierror.OutcomeFailed && passes(code):
-		return output{Outcome: failed}, err
-	case in.Kind == register && code == pb.ErrorCode_ERROR_CODE_CONFLICT:
-		return output{Outcome: exists}, nil
-	case in.Kind != register && code == pb.ErrorCode_ERROR_CODE_PROVIDER_NOT_FOUND:
-		return output{Outcome: absent}, nil
+		return register.Output{Outcome: register.Failed}, err
+	case in.Kind == register.Create && code == pb.ErrorCode_ERROR_CODE_CONFLICT:
+		return register.Output{Outcome: register.Exists}, nil
+	case in.Kind != register.Create && code == pb.ErrorCode_ERROR_CODE_PROVIDER_NOT_FOUND:
+		return register.Output{Outcome: register.Absent}, nil
 	case code == pb.ErrorCode_ERROR_CODE_CONFLICT, code == pb.ErrorCode_ERROR_CODE_INVALID_REQUEST,
 		code == pb.ErrorCode_ERROR_CODE_PROVIDER_NOT_FOUND, code == pb.ErrorCode_ERROR_CODE_PERMISSION_DENIED:
 		err = fmt.Errorf("%w: %s %s: %w", errOutcome, in.Kind, in.Key, err)
 	}
-	return output{Outcome: unknown}, err
+	return register.Output{Outcome: register.Unknown}, err
 }
 
 // passes reports whether the failure says nothing of the state of the key.
@@ -219,25 +220,25 @@ func passes(code pb.ErrorCode) bool {
 }
 
 // readAt is a linearizable read of one key.
-func readAt(ctx context.Context, c reader, key string) (output, error) {
+func readAt(ctx context.Context, c reader, key string) (register.Output, error) {
 	got, err := c.GetProvider(ctx, &pb.GetProviderRequest{ProviderId: key})
 	if apierror.CodeOf(err) == pb.ErrorCode_ERROR_CODE_PROVIDER_NOT_FOUND && err != nil {
-		return output{Outcome: absent}, nil
+		return register.Output{Outcome: register.Absent}, nil
 	}
 	if err != nil {
-		return output{Outcome: unknown}, err
+		return register.Output{Outcome: register.Unknown}, err
 	}
-	value, err := strconv.Atoi(got.Provider.Spec.Config[valueKey])
+	value, err := strconv.ParseUint(got.Provider.Spec.Config[valueKey], 10, 64)
 	if err != nil {
-		return output{Outcome: unknown}, fmt.Errorf("%w: get %s: %w", errOutcome, key, err)
+		return register.Output{Outcome: register.Unknown}, fmt.Errorf("%w: get %s: %w", errOutcome, key, err)
 	}
-	return output{Value: value, Version: got.Provider.SpecVersion}, nil
+	return register.Output{Value: value, Version: got.Provider.SpecVersion}, nil
 }
 
 // spec is a provider that no node may run: a record in the registry and nothing else.
-func spec(in input) *pb.ProviderSpec {
+func spec(in register.Input) *pb.ProviderSpec {
 	return &pb.ProviderSpec{
-		Id: in.Key, Type: "kv", Driver: "memory", Config: map[string]string{valueKey: strconv.Itoa(in.Value)},
+		Id: in.Key, Type: "kv", Driver: "memory", Config: map[string]string{valueKey: strconv.FormatUint(in.Value, 10)},
 		Placement: &pb.PlacementRules{Labels: map[string]string{"node": "none-has-this"}},
 	}
 }

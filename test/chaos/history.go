@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"github.com/anishathalye/porcupine"
+
+	"github.com/wasmatrix/wasmatrix/test/register"
 )
 
 // forever is the return of an operation whose outcome stayed unknown: it may
@@ -38,13 +40,13 @@ func (h *history) now() int64 { return int64(time.Since(h.began)) }
 // add records an operation of a client that began at call and has just ended.
 // A get without an answer says nothing and is left out, as is what certainly was
 // not done: if it was done all the same, others see what nobody wrote.
-func (h *history) add(client int, in input, out output, call int64) {
+func (h *history) add(client int, in register.Input, out register.Output, call int64) {
 	back := h.now()
-	if out.Outcome == failed {
+	if out.Outcome == register.Failed {
 		return
 	}
-	if out.Outcome == unknown {
-		if in.Kind == get {
+	if out.Outcome == register.Unknown {
+		if in.Kind == register.Get {
 			return
 		}
 		back = forever
@@ -70,12 +72,12 @@ func (h *history) check(dir, name string) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	ops := h.closed()
-	result := porcupine.CheckOperationsTimeout(model(), ops, checkWithin)
+	result := porcupine.CheckOperationsTimeout(register.Model(), ops, checkWithin)
 	if result == porcupine.Ok {
 		return nil
 	}
 	err := fmt.Errorf("%w: the checker says %q", errHistory, result)
-	_, info := porcupine.CheckOperationsVerbose(model(), ops, checkWithin)
+	_, info := porcupine.CheckOperationsVerbose(register.Model(), ops, checkWithin)
 	info.AddAnnotations(h.marks)
 	if e := h.write(dir, name, info); e != nil {
 		return errors.Join(err, e)
@@ -97,7 +99,7 @@ func (h *history) write(dir, name string, info porcupine.LinearizationInfo) erro
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return fmt.Errorf("write the history: %w", err)
 	}
-	picture := porcupine.VisualizePath(model(), info, filepath.Join(dir, name+".html"))
+	picture := porcupine.VisualizePath(register.Model(), info, filepath.Join(dir, name+".html"))
 	ops := slices.Clone(h.ops)
 	slices.SortFunc(ops, func(a, b porcupine.Operation) int { return int(a.Call - b.Call) })
 	raw, err := json.MarshalIndent(struct {

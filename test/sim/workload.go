@@ -18,6 +18,7 @@ import (
 	"github.com/wasmatrix/wasmatrix/identity"
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
 	"github.com/wasmatrix/wasmatrix/rpc"
+	"github.com/wasmatrix/wasmatrix/test/register"
 )
 
 const (
@@ -148,16 +149,16 @@ func (l *workload) work(i int, c *client.Client, dice *rand.Rand) {
 
 // register does one operation on a register.
 func (l *workload) register(i int, c *client.Client, dice *rand.Rand) {
-	in := input{Key: fmt.Sprintf("r%d-%d", l.round, dice.IntN(keys)), Client: i}
+	in := register.Input{Key: fmt.Sprintf("r%d-%d", l.round, dice.IntN(keys))}
 	switch p := dice.IntN(100); {
 	case p < 40, i >= l.world.profile.Clients:
-		in.Kind = get
+		in.Kind = register.Get
 	case p < 78:
-		in.Kind = update
+		in.Kind = register.Update
 	case p < 92:
-		in.Kind = create
+		in.Kind = register.Create
 	case p < 97:
-		in.Kind = remove
+		in.Kind = register.Remove
 	default:
 		l.stale(c, in.Key)
 		return
@@ -168,13 +169,13 @@ func (l *workload) register(i int, c *client.Client, dice *rand.Rand) {
 	l.mu.Unlock()
 	called := l.history.now()
 	out := l.perform(c, in, dice)
-	l.history.add(in, out, called)
+	l.history.add(i, in, out, called)
 	switch {
-	case in.Kind == get:
+	case in.Kind == register.Get:
 		l.world.counts.Reads.Add(1)
-	case out.Outcome == unknown:
+	case out.Outcome == register.Unknown:
 		l.world.counts.Unknown.Add(1)
-	case out.Outcome != failed:
+	case out.Outcome != register.Failed:
 		l.world.counts.Acked.Add(1)
 	}
 }
@@ -189,8 +190,8 @@ func (l *workload) stale(c *client.Client, key string) {
 }
 
 // perform makes one operation, and repeats a write without an answer.
-func (l *workload) perform(c *client.Client, in input, dice *rand.Rand) output {
-	if in.Kind == get {
+func (l *workload) perform(c *client.Client, in register.Input, dice *rand.Rand) register.Output {
+	if in.Kind == register.Get {
 		return l.read(c, in)
 	}
 	id := uuid.NewString()
@@ -202,10 +203,10 @@ func (l *workload) perform(c *client.Client, in input, dice *rand.Rand) output {
 		case err == nil:
 			l.world.oracle.ack(index, id)
 			return out
-		case out.Outcome == failed && doubt:
-			out.Outcome = unknown
+		case out.Outcome == register.Failed && doubt:
+			out.Outcome = register.Unknown
 			return out
-		case out.Outcome != unknown:
+		case out.Outcome != register.Unknown:
 			return out
 		}
 		doubt = true
@@ -215,14 +216,14 @@ func (l *workload) perform(c *client.Client, in input, dice *rand.Rand) output {
 	}
 }
 
-func (l *workload) write(c *client.Client, in input, id string) (uint64, error) {
+func (l *workload) write(c *client.Client, in register.Input, id string) (uint64, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), operationLimit)
 	defer cancel()
 	switch in.Kind {
-	case create:
+	case register.Create:
 		resp, err := c.RegisterProvider(ctx, &pb.RegisterProviderRequest{Spec: registerSpec(in), RequestId: id})
 		return resp.GetIndex(), err
-	case update:
+	case register.Update:
 		resp, err := c.UpdateProvider(ctx, &pb.UpdateProviderRequest{Spec: registerSpec(in), RequestId: id})
 		return resp.GetIndex(), err
 	default:
@@ -234,7 +235,7 @@ func (l *workload) write(c *client.Client, in input, id string) (uint64, error) 
 const valueKey = "value"
 
 // registerSpec makes a provider that no node can host: its record is a register.
-func registerSpec(in input) *pb.ProviderSpec {
+func registerSpec(in register.Input) *pb.ProviderSpec {
 	return &pb.ProviderSpec{
 		Id: in.Key, Type: "kv", Driver: "memory", Config: map[string]string{valueKey: strconv.FormatUint(in.Value, 10)},
 		Placement: &pb.PlacementRules{Node: "nowhere"},
@@ -242,38 +243,38 @@ func registerSpec(in input) *pb.ProviderSpec {
 }
 
 // outcomeOf tells what the caller of a write knows.
-func outcomeOf(in input, err error) output {
+func outcomeOf(in register.Input, err error) register.Output {
 	code := apierror.CodeOf(err)
 	switch {
 	case err == nil:
-		return output{Outcome: done}
-	case in.Kind == create && code == pb.ErrorCode_ERROR_CODE_CONFLICT:
-		return output{Outcome: exists}
-	case in.Kind != create && code == pb.ErrorCode_ERROR_CODE_PROVIDER_NOT_FOUND:
-		return output{Outcome: absent}
+		return register.Output{Outcome: register.Done}
+	case in.Kind == register.Create && code == pb.ErrorCode_ERROR_CODE_CONFLICT:
+		return register.Output{Outcome: register.Exists}
+	case in.Kind != register.Create && code == pb.ErrorCode_ERROR_CODE_PROVIDER_NOT_FOUND:
+		return register.Output{Outcome: register.Absent}
 	case apierror.From(err).Detail(apierror.DetailOutcome) == apierror.OutcomeFailed:
-		return output{Outcome: failed}
+		return register.Output{Outcome: register.Failed}
 	default:
-		return output{Outcome: unknown}
+		return register.Output{Outcome: register.Unknown}
 	}
 }
 
 // read is a linearizable read of one register.
-func (l *workload) read(c *client.Client, in input) output {
+func (l *workload) read(c *client.Client, in register.Input) register.Output {
 	ctx, cancel := context.WithTimeout(context.Background(), operationLimit)
 	defer cancel()
 	got, err := c.GetProvider(ctx, &pb.GetProviderRequest{ProviderId: in.Key})
 	if err != nil && apierror.CodeOf(err) == pb.ErrorCode_ERROR_CODE_PROVIDER_NOT_FOUND {
-		return output{Outcome: absent}
+		return register.Output{Outcome: register.Absent}
 	}
 	if err != nil {
-		return output{Outcome: failed}
+		return register.Output{Outcome: register.Failed}
 	}
 	value, err := strconv.ParseUint(got.GetProvider().GetSpec().GetConfig()[valueKey], 10, 64)
 	if err != nil {
 		l.world.violate("linearizable", "a read of %s returned %v", in.Key, got.GetProvider().GetSpec())
 	}
-	return output{Outcome: done, Value: value, Version: got.GetProvider().GetSpecVersion()}
+	return register.Output{Outcome: register.Done, Value: value, Version: got.GetProvider().GetSpecVersion()}
 }
 
 // judge checks the history of the round that is over, and that nothing was made
@@ -284,13 +285,13 @@ func (l *workload) judge() {
 	}
 	// What was lost long ago shows only to one who looks.
 	for i := range keys {
-		in := input{Kind: get, Key: fmt.Sprintf("r%d-%d", l.round, i)}
+		in := register.Input{Kind: register.Get, Key: fmt.Sprintf("r%d-%d", l.round, i)}
 		called := l.history.now()
 		out := l.read(l.clients[0], in)
-		if out.Outcome == failed {
+		if out.Outcome == register.Failed {
 			l.world.violate("converge", "register %s cannot be read though everything has healed", in.Key)
 		}
-		l.history.add(in, out, called)
+		l.history.add(i, in, out, called)
 	}
 	l.history.judge()
 	l.judgeMade()
