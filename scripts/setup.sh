@@ -11,6 +11,11 @@ need gcc gcc
 need strace strace
 need ip iproute2
 need nsenter util-linux
+# The real servers behind drivers, and what the provider example in Python runs on.
+need redis-server redis-server
+need nats-server nats-server
+/usr/bin/python3 -c 'import grpc' 2>/dev/null || missing+=(python3-grpcio)
+/usr/bin/python3 -c 'import grpc_tools' 2>/dev/null || missing+=(python3-grpc-tools)
 [ -e /usr/include/stdlib.h ] || missing+=(libc6-dev)
 if [ ${#missing[@]} -eq 0 ]; then exit 0; fi
 if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null 2>&1; then

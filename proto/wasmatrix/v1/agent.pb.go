@@ -486,7 +486,7 @@ type AssignmentChange_PutProvider struct {
 }
 
 type AssignmentChange_RemoveProvider struct {
-	// The id of a provider this node need not know any more.
+	// A provider this node need not know any more: its id, for a replica above 0 followed by a slash and the replica.
 	RemoveProvider string `protobuf:"bytes,4,opt,name=remove_provider,json=removeProvider,proto3,oneof"`
 }
 
@@ -893,7 +893,9 @@ type ProviderReport struct {
 	// The provider's id.
 	ProviderId string `protobuf:"bytes,1,opt,name=provider_id,json=providerId,proto3" json:"provider_id,omitempty"`
 	// What was observed; generation must be set.
-	Status        *ProviderStatus `protobuf:"bytes,2,opt,name=status,proto3" json:"status,omitempty"`
+	Status *ProviderStatus `protobuf:"bytes,2,opt,name=status,proto3" json:"status,omitempty"`
+	// Which replica of the provider.
+	Replica       uint32 `protobuf:"varint,3,opt,name=replica,proto3" json:"replica,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -942,6 +944,13 @@ func (x *ProviderReport) GetStatus() *ProviderStatus {
 	return nil
 }
 
+func (x *ProviderReport) GetReplica() uint32 {
+	if x != nil {
+		return x.Replica
+	}
+	return 0
+}
+
 // ReportStatusRequest is a batch of observations.
 type ReportStatusRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -952,7 +961,9 @@ type ReportStatusRequest struct {
 	// Instances, at most 10000.
 	Instances []*InstanceReport `protobuf:"bytes,3,rep,name=instances,proto3" json:"instances,omitempty"`
 	// Providers.
-	Providers     []*ProviderReport `protobuf:"bytes,4,rep,name=providers,proto3" json:"providers,omitempty"`
+	Providers []*ProviderReport `protobuf:"bytes,4,rep,name=providers,proto3" json:"providers,omitempty"`
+	// Refused calls of instances of this node, summed up since the report before.
+	Denials       []*DenialReport `protobuf:"bytes,5,rep,name=denials,proto3" json:"denials,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1015,6 +1026,351 @@ func (x *ReportStatusRequest) GetProviders() []*ProviderReport {
 	return nil
 }
 
+func (x *ReportStatusRequest) GetDenials() []*DenialReport {
+	if x != nil {
+		return x.Denials
+	}
+	return nil
+}
+
+// DenialReport sums up refused calls of one instance to one provider.
+type DenialReport struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The instance's id.
+	InstanceId string `protobuf:"bytes,1,opt,name=instance_id,json=instanceId,proto3" json:"instance_id,omitempty"`
+	// The provider's id; empty when the instance was granted none.
+	ProviderId string `protobuf:"bytes,2,opt,name=provider_id,json=providerId,proto3" json:"provider_id,omitempty"`
+	// The narrowest permission that would have allowed the last of them.
+	Need string `protobuf:"bytes,3,opt,name=need,proto3" json:"need,omitempty"`
+	// How many calls.
+	Count uint64 `protobuf:"varint,4,opt,name=count,proto3" json:"count,omitempty"`
+	// The correlation id of the last one.
+	CorrelationId string `protobuf:"bytes,5,opt,name=correlation_id,json=correlationId,proto3" json:"correlation_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DenialReport) Reset() {
+	*x = DenialReport{}
+	mi := &file_wasmatrix_v1_agent_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DenialReport) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DenialReport) ProtoMessage() {}
+
+func (x *DenialReport) ProtoReflect() protoreflect.Message {
+	mi := &file_wasmatrix_v1_agent_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DenialReport.ProtoReflect.Descriptor instead.
+func (*DenialReport) Descriptor() ([]byte, []int) {
+	return file_wasmatrix_v1_agent_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *DenialReport) GetInstanceId() string {
+	if x != nil {
+		return x.InstanceId
+	}
+	return ""
+}
+
+func (x *DenialReport) GetProviderId() string {
+	if x != nil {
+		return x.ProviderId
+	}
+	return ""
+}
+
+func (x *DenialReport) GetNeed() string {
+	if x != nil {
+		return x.Need
+	}
+	return ""
+}
+
+func (x *DenialReport) GetCount() uint64 {
+	if x != nil {
+		return x.Count
+	}
+	return 0
+}
+
+func (x *DenialReport) GetCorrelationId() string {
+	if x != nil {
+		return x.CorrelationId
+	}
+	return ""
+}
+
+// RecordSubscriptionRequest adds or ends a subscription. The session's node must run the provider.
+type RecordSubscriptionRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The node's id.
+	NodeId string `protobuf:"bytes,1,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
+	// The epoch of the session.
+	Epoch uint64 `protobuf:"varint,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	// The instance's id.
+	InstanceId string `protobuf:"bytes,3,opt,name=instance_id,json=instanceId,proto3" json:"instance_id,omitempty"`
+	// The generation of the instance that asked for it; an older one than the present is refused.
+	Generation uint64 `protobuf:"varint,4,opt,name=generation,proto3" json:"generation,omitempty"`
+	// The provider's id.
+	ProviderId string `protobuf:"bytes,5,opt,name=provider_id,json=providerId,proto3" json:"provider_id,omitempty"`
+	// The subject, wildcards allowed.
+	Subject string `protobuf:"bytes,6,opt,name=subject,proto3" json:"subject,omitempty"`
+	// False to end the subscription.
+	Subscribed    bool `protobuf:"varint,7,opt,name=subscribed,proto3" json:"subscribed,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RecordSubscriptionRequest) Reset() {
+	*x = RecordSubscriptionRequest{}
+	mi := &file_wasmatrix_v1_agent_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RecordSubscriptionRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RecordSubscriptionRequest) ProtoMessage() {}
+
+func (x *RecordSubscriptionRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_wasmatrix_v1_agent_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RecordSubscriptionRequest.ProtoReflect.Descriptor instead.
+func (*RecordSubscriptionRequest) Descriptor() ([]byte, []int) {
+	return file_wasmatrix_v1_agent_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *RecordSubscriptionRequest) GetNodeId() string {
+	if x != nil {
+		return x.NodeId
+	}
+	return ""
+}
+
+func (x *RecordSubscriptionRequest) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *RecordSubscriptionRequest) GetInstanceId() string {
+	if x != nil {
+		return x.InstanceId
+	}
+	return ""
+}
+
+func (x *RecordSubscriptionRequest) GetGeneration() uint64 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
+func (x *RecordSubscriptionRequest) GetProviderId() string {
+	if x != nil {
+		return x.ProviderId
+	}
+	return ""
+}
+
+func (x *RecordSubscriptionRequest) GetSubject() string {
+	if x != nil {
+		return x.Subject
+	}
+	return ""
+}
+
+func (x *RecordSubscriptionRequest) GetSubscribed() bool {
+	if x != nil {
+		return x.Subscribed
+	}
+	return false
+}
+
+// RecordSubscriptionResponse acknowledges the change.
+type RecordSubscriptionResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Whether the subscription existed before.
+	Existed bool `protobuf:"varint,1,opt,name=existed,proto3" json:"existed,omitempty"`
+	// The Raft index of the commit.
+	Index         uint64 `protobuf:"varint,2,opt,name=index,proto3" json:"index,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RecordSubscriptionResponse) Reset() {
+	*x = RecordSubscriptionResponse{}
+	mi := &file_wasmatrix_v1_agent_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RecordSubscriptionResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RecordSubscriptionResponse) ProtoMessage() {}
+
+func (x *RecordSubscriptionResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_wasmatrix_v1_agent_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RecordSubscriptionResponse.ProtoReflect.Descriptor instead.
+func (*RecordSubscriptionResponse) Descriptor() ([]byte, []int) {
+	return file_wasmatrix_v1_agent_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *RecordSubscriptionResponse) GetExisted() bool {
+	if x != nil {
+		return x.Existed
+	}
+	return false
+}
+
+func (x *RecordSubscriptionResponse) GetIndex() uint64 {
+	if x != nil {
+		return x.Index
+	}
+	return 0
+}
+
+// DeliverMessageRequest carries a message to an instance.
+type DeliverMessageRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The instance's id.
+	InstanceId string `protobuf:"bytes,1,opt,name=instance_id,json=instanceId,proto3" json:"instance_id,omitempty"`
+	// The message; provider and subscription are set.
+	Message       *Message `protobuf:"bytes,2,opt,name=message,proto3" json:"message,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeliverMessageRequest) Reset() {
+	*x = DeliverMessageRequest{}
+	mi := &file_wasmatrix_v1_agent_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeliverMessageRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeliverMessageRequest) ProtoMessage() {}
+
+func (x *DeliverMessageRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_wasmatrix_v1_agent_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeliverMessageRequest.ProtoReflect.Descriptor instead.
+func (*DeliverMessageRequest) Descriptor() ([]byte, []int) {
+	return file_wasmatrix_v1_agent_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *DeliverMessageRequest) GetInstanceId() string {
+	if x != nil {
+		return x.InstanceId
+	}
+	return ""
+}
+
+func (x *DeliverMessageRequest) GetMessage() *Message {
+	if x != nil {
+		return x.Message
+	}
+	return nil
+}
+
+// DeliverMessageResponse carries the guest's answer.
+type DeliverMessageResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What became of the message.
+	Result        *MessageResult `protobuf:"bytes,1,opt,name=result,proto3" json:"result,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeliverMessageResponse) Reset() {
+	*x = DeliverMessageResponse{}
+	mi := &file_wasmatrix_v1_agent_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeliverMessageResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeliverMessageResponse) ProtoMessage() {}
+
+func (x *DeliverMessageResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_wasmatrix_v1_agent_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeliverMessageResponse.ProtoReflect.Descriptor instead.
+func (*DeliverMessageResponse) Descriptor() ([]byte, []int) {
+	return file_wasmatrix_v1_agent_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *DeliverMessageResponse) GetResult() *MessageResult {
+	if x != nil {
+		return x.Result
+	}
+	return nil
+}
+
 // ReportStatusResponse acknowledges observations.
 type ReportStatusResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1026,7 +1382,7 @@ type ReportStatusResponse struct {
 
 func (x *ReportStatusResponse) Reset() {
 	*x = ReportStatusResponse{}
-	mi := &file_wasmatrix_v1_agent_proto_msgTypes[13]
+	mi := &file_wasmatrix_v1_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1038,7 +1394,7 @@ func (x *ReportStatusResponse) String() string {
 func (*ReportStatusResponse) ProtoMessage() {}
 
 func (x *ReportStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_agent_proto_msgTypes[13]
+	mi := &file_wasmatrix_v1_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1051,7 +1407,7 @@ func (x *ReportStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportStatusResponse.ProtoReflect.Descriptor instead.
 func (*ReportStatusResponse) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_agent_proto_rawDescGZIP(), []int{13}
+	return file_wasmatrix_v1_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ReportStatusResponse) GetIndex() uint64 {
@@ -1074,7 +1430,7 @@ type InvokeInstanceRequest struct {
 
 func (x *InvokeInstanceRequest) Reset() {
 	*x = InvokeInstanceRequest{}
-	mi := &file_wasmatrix_v1_agent_proto_msgTypes[14]
+	mi := &file_wasmatrix_v1_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1086,7 +1442,7 @@ func (x *InvokeInstanceRequest) String() string {
 func (*InvokeInstanceRequest) ProtoMessage() {}
 
 func (x *InvokeInstanceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_agent_proto_msgTypes[14]
+	mi := &file_wasmatrix_v1_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1099,7 +1455,7 @@ func (x *InvokeInstanceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InvokeInstanceRequest.ProtoReflect.Descriptor instead.
 func (*InvokeInstanceRequest) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_agent_proto_rawDescGZIP(), []int{14}
+	return file_wasmatrix_v1_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *InvokeInstanceRequest) GetInstanceId() string {
@@ -1127,7 +1483,7 @@ type InvokeInstanceResponse struct {
 
 func (x *InvokeInstanceResponse) Reset() {
 	*x = InvokeInstanceResponse{}
-	mi := &file_wasmatrix_v1_agent_proto_msgTypes[15]
+	mi := &file_wasmatrix_v1_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1139,7 +1495,7 @@ func (x *InvokeInstanceResponse) String() string {
 func (*InvokeInstanceResponse) ProtoMessage() {}
 
 func (x *InvokeInstanceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_agent_proto_msgTypes[15]
+	mi := &file_wasmatrix_v1_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1152,7 +1508,7 @@ func (x *InvokeInstanceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InvokeInstanceResponse.ProtoReflect.Descriptor instead.
 func (*InvokeInstanceResponse) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_agent_proto_rawDescGZIP(), []int{15}
+	return file_wasmatrix_v1_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *InvokeInstanceResponse) GetResponse() *InvokeResponse {
@@ -1181,7 +1537,7 @@ type InstanceCaller struct {
 
 func (x *InstanceCaller) Reset() {
 	*x = InstanceCaller{}
-	mi := &file_wasmatrix_v1_agent_proto_msgTypes[16]
+	mi := &file_wasmatrix_v1_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1193,7 +1549,7 @@ func (x *InstanceCaller) String() string {
 func (*InstanceCaller) ProtoMessage() {}
 
 func (x *InstanceCaller) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_agent_proto_msgTypes[16]
+	mi := &file_wasmatrix_v1_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1206,7 +1562,7 @@ func (x *InstanceCaller) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InstanceCaller.ProtoReflect.Descriptor instead.
 func (*InstanceCaller) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_agent_proto_rawDescGZIP(), []int{16}
+	return file_wasmatrix_v1_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *InstanceCaller) GetInstanceId() string {
@@ -1257,7 +1613,7 @@ type UserCaller struct {
 
 func (x *UserCaller) Reset() {
 	*x = UserCaller{}
-	mi := &file_wasmatrix_v1_agent_proto_msgTypes[17]
+	mi := &file_wasmatrix_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1269,7 +1625,7 @@ func (x *UserCaller) String() string {
 func (*UserCaller) ProtoMessage() {}
 
 func (x *UserCaller) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_agent_proto_msgTypes[17]
+	mi := &file_wasmatrix_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1282,7 +1638,7 @@ func (x *UserCaller) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UserCaller.ProtoReflect.Descriptor instead.
 func (*UserCaller) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_agent_proto_rawDescGZIP(), []int{17}
+	return file_wasmatrix_v1_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *UserCaller) GetUser() string {
@@ -1323,7 +1679,7 @@ type InvokeCapabilityRequest struct {
 
 func (x *InvokeCapabilityRequest) Reset() {
 	*x = InvokeCapabilityRequest{}
-	mi := &file_wasmatrix_v1_agent_proto_msgTypes[18]
+	mi := &file_wasmatrix_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1335,7 +1691,7 @@ func (x *InvokeCapabilityRequest) String() string {
 func (*InvokeCapabilityRequest) ProtoMessage() {}
 
 func (x *InvokeCapabilityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_agent_proto_msgTypes[18]
+	mi := &file_wasmatrix_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1348,7 +1704,7 @@ func (x *InvokeCapabilityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InvokeCapabilityRequest.ProtoReflect.Descriptor instead.
 func (*InvokeCapabilityRequest) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_agent_proto_rawDescGZIP(), []int{18}
+	return file_wasmatrix_v1_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *InvokeCapabilityRequest) GetCaller() isInvokeCapabilityRequest_Caller {
@@ -1435,7 +1791,7 @@ type InvokeCapabilityResponse struct {
 
 func (x *InvokeCapabilityResponse) Reset() {
 	*x = InvokeCapabilityResponse{}
-	mi := &file_wasmatrix_v1_agent_proto_msgTypes[19]
+	mi := &file_wasmatrix_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1447,7 +1803,7 @@ func (x *InvokeCapabilityResponse) String() string {
 func (*InvokeCapabilityResponse) ProtoMessage() {}
 
 func (x *InvokeCapabilityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_agent_proto_msgTypes[19]
+	mi := &file_wasmatrix_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1460,7 +1816,7 @@ func (x *InvokeCapabilityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InvokeCapabilityResponse.ProtoReflect.Descriptor instead.
 func (*InvokeCapabilityResponse) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_wasmatrix_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *InvokeCapabilityResponse) GetPayload() []byte {
@@ -1491,7 +1847,7 @@ type AgentClock struct {
 
 func (x *AgentClock) Reset() {
 	*x = AgentClock{}
-	mi := &file_wasmatrix_v1_agent_proto_msgTypes[20]
+	mi := &file_wasmatrix_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1503,7 +1859,7 @@ func (x *AgentClock) String() string {
 func (*AgentClock) ProtoMessage() {}
 
 func (x *AgentClock) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_agent_proto_msgTypes[20]
+	mi := &file_wasmatrix_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1516,7 +1872,7 @@ func (x *AgentClock) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentClock.ProtoReflect.Descriptor instead.
 func (*AgentClock) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_wasmatrix_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *AgentClock) GetId() uint64 {
@@ -1542,7 +1898,7 @@ type ReadClockRequest struct {
 
 func (x *ReadClockRequest) Reset() {
 	*x = ReadClockRequest{}
-	mi := &file_wasmatrix_v1_agent_proto_msgTypes[21]
+	mi := &file_wasmatrix_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1554,7 +1910,7 @@ func (x *ReadClockRequest) String() string {
 func (*ReadClockRequest) ProtoMessage() {}
 
 func (x *ReadClockRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_agent_proto_msgTypes[21]
+	mi := &file_wasmatrix_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1567,7 +1923,7 @@ func (x *ReadClockRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadClockRequest.ProtoReflect.Descriptor instead.
 func (*ReadClockRequest) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_wasmatrix_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 // ReadClockResponse is the time.
@@ -1581,7 +1937,7 @@ type ReadClockResponse struct {
 
 func (x *ReadClockResponse) Reset() {
 	*x = ReadClockResponse{}
-	mi := &file_wasmatrix_v1_agent_proto_msgTypes[22]
+	mi := &file_wasmatrix_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1593,7 +1949,7 @@ func (x *ReadClockResponse) String() string {
 func (*ReadClockResponse) ProtoMessage() {}
 
 func (x *ReadClockResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_agent_proto_msgTypes[22]
+	mi := &file_wasmatrix_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1606,7 +1962,7 @@ func (x *ReadClockResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadClockResponse.ProtoReflect.Descriptor instead.
 func (*ReadClockResponse) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_agent_proto_rawDescGZIP(), []int{22}
+	return file_wasmatrix_v1_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ReadClockResponse) GetClock() *AgentClock {
@@ -1680,16 +2036,51 @@ const file_wasmatrix_v1_agent_proto_rawDesc = "" +
 	"instanceId\x12<\n" +
 	"\x06status\x18\x02 \x01(\v2\x1c.wasmatrix.v1.InstanceStatusB\x06\xbaH\x03\xc8\x01\x01R\x06status\x12#\n" +
 	"\rrestart_epoch\x18\x03 \x01(\x04R\frestartEpoch\x12\x12\n" +
-	"\x04left\x18\x04 \x01(\bR\x04left\"x\n" +
+	"\x04left\x18\x04 \x01(\bR\x04left\"\x92\x01\n" +
 	"\x0eProviderReport\x12(\n" +
 	"\vprovider_id\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\n" +
 	"providerId\x12<\n" +
-	"\x06status\x18\x02 \x01(\v2\x1c.wasmatrix.v1.ProviderStatusB\x06\xbaH\x03\xc8\x01\x01R\x06status\"\xe4\x01\n" +
+	"\x06status\x18\x02 \x01(\v2\x1c.wasmatrix.v1.ProviderStatusB\x06\xbaH\x03\xc8\x01\x01R\x06status\x12\x18\n" +
+	"\areplica\x18\x03 \x01(\rR\areplica\"\xa5\x02\n" +
 	"\x13ReportStatusRequest\x12 \n" +
 	"\anode_id\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x06nodeId\x12\x1d\n" +
 	"\x05epoch\x18\x02 \x01(\x04B\a\xbaH\x042\x02(\x01R\x05epoch\x12E\n" +
 	"\tinstances\x18\x03 \x03(\v2\x1c.wasmatrix.v1.InstanceReportB\t\xbaH\x06\x92\x01\x03\x10\x90NR\tinstances\x12E\n" +
-	"\tproviders\x18\x04 \x03(\v2\x1c.wasmatrix.v1.ProviderReportB\t\xbaH\x06\x92\x01\x03\x10\x90NR\tproviders\",\n" +
+	"\tproviders\x18\x04 \x03(\v2\x1c.wasmatrix.v1.ProviderReportB\t\xbaH\x06\x92\x01\x03\x10\x90NR\tproviders\x12?\n" +
+	"\adenials\x18\x05 \x03(\v2\x1a.wasmatrix.v1.DenialReportB\t\xbaH\x06\x92\x01\x03\x10\xe8\aR\adenials\"\xc7\x01\n" +
+	"\fDenialReport\x12(\n" +
+	"\vinstance_id\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\n" +
+	"instanceId\x12(\n" +
+	"\vprovider_id\x18\x02 \x01(\tB\a\xbaH\x04r\x02\x18?R\n" +
+	"providerId\x12\x1c\n" +
+	"\x04need\x18\x03 \x01(\tB\b\xbaH\x05r\x03\x18\x80\bR\x04need\x12\x14\n" +
+	"\x05count\x18\x04 \x01(\x04R\x05count\x12/\n" +
+	"\x0ecorrelation_id\x18\x05 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x01R\rcorrelationId\"\x96\x02\n" +
+	"\x19RecordSubscriptionRequest\x12 \n" +
+	"\anode_id\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x06nodeId\x12\x1d\n" +
+	"\x05epoch\x18\x02 \x01(\x04B\a\xbaH\x042\x02(\x01R\x05epoch\x12(\n" +
+	"\vinstance_id\x18\x03 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\n" +
+	"instanceId\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x04 \x01(\x04R\n" +
+	"generation\x12(\n" +
+	"\vprovider_id\x18\x05 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\n" +
+	"providerId\x12$\n" +
+	"\asubject\x18\x06 \x01(\tB\n" +
+	"\xbaH\ar\x05\x10\x01\x18\xff\x01R\asubject\x12\x1e\n" +
+	"\n" +
+	"subscribed\x18\a \x01(\bR\n" +
+	"subscribed\"L\n" +
+	"\x1aRecordSubscriptionResponse\x12\x18\n" +
+	"\aexisted\x18\x01 \x01(\bR\aexisted\x12\x14\n" +
+	"\x05index\x18\x02 \x01(\x04R\x05index\"}\n" +
+	"\x15DeliverMessageRequest\x12+\n" +
+	"\vinstance_id\x18\x01 \x01(\tB\n" +
+	"\xbaH\ar\x05\x10\x01\x18\x80\x01R\n" +
+	"instanceId\x127\n" +
+	"\amessage\x18\x02 \x01(\v2\x15.wasmatrix.v1.MessageB\x06\xbaH\x03\xc8\x01\x01R\amessage\"M\n" +
+	"\x16DeliverMessageResponse\x123\n" +
+	"\x06result\x18\x01 \x01(\v2\x1b.wasmatrix.v1.MessageResultR\x06result\",\n" +
 	"\x14ReportStatusResponse\x12\x14\n" +
 	"\x05index\x18\x01 \x01(\x04R\x05index\"\x83\x01\n" +
 	"\x15InvokeInstanceRequest\x12+\n" +
@@ -1735,18 +2126,21 @@ const file_wasmatrix_v1_agent_proto_rawDesc = "" +
 	"\x03now\x18\x02 \x01(\x03R\x03now\"\x12\n" +
 	"\x10ReadClockRequest\"C\n" +
 	"\x11ReadClockResponse\x12.\n" +
-	"\x05clock\x18\x01 \x01(\v2\x18.wasmatrix.v1.AgentClockR\x05clock2\xf6\x02\n" +
+	"\x05clock\x18\x01 \x01(\v2\x18.wasmatrix.v1.AgentClockR\x05clock2\xdf\x03\n" +
 	"\x13AgentSessionService\x12U\n" +
 	"\fRegisterNode\x12!.wasmatrix.v1.RegisterNodeRequest\x1a\".wasmatrix.v1.RegisterNodeResponse\x12L\n" +
 	"\tHeartbeat\x12\x1e.wasmatrix.v1.HeartbeatRequest\x1a\x1f.wasmatrix.v1.HeartbeatResponse\x12c\n" +
 	"\x10WatchAssignments\x12%.wasmatrix.v1.WatchAssignmentsRequest\x1a&.wasmatrix.v1.WatchAssignmentsResponse0\x01\x12U\n" +
-	"\fReportStatus\x12!.wasmatrix.v1.ReportStatusRequest\x1a\".wasmatrix.v1.ReportStatusResponse2\xb1\x06\n" +
+	"\fReportStatus\x12!.wasmatrix.v1.ReportStatusRequest\x1a\".wasmatrix.v1.ReportStatusResponse\x12g\n" +
+	"\x12RecordSubscription\x12'.wasmatrix.v1.RecordSubscriptionRequest\x1a(.wasmatrix.v1.RecordSubscriptionResponse2\xf6\a\n" +
 	"\x10NodeAgentService\x12X\n" +
 	"\rQueryInstance\x12\".wasmatrix.v1.QueryInstanceRequest\x1a#.wasmatrix.v1.QueryInstanceResponse\x12X\n" +
 	"\rListInstances\x12\".wasmatrix.v1.ListInstancesRequest\x1a#.wasmatrix.v1.ListInstancesResponse\x12[\n" +
 	"\x0eInvokeInstance\x12#.wasmatrix.v1.InvokeInstanceRequest\x1a$.wasmatrix.v1.InvokeInstanceResponse\x12a\n" +
 	"\x10InvokeCapability\x12%.wasmatrix.v1.InvokeCapabilityRequest\x1a&.wasmatrix.v1.InvokeCapabilityResponse\x12L\n" +
-	"\tReadClock\x12\x1e.wasmatrix.v1.ReadClockRequest\x1a\x1f.wasmatrix.v1.ReadClockResponse\x12Q\n" +
+	"\tReadClock\x12\x1e.wasmatrix.v1.ReadClockRequest\x1a\x1f.wasmatrix.v1.ReadClockResponse\x12[\n" +
+	"\x0eDeliverMessage\x12#.wasmatrix.v1.DeliverMessageRequest\x1a$.wasmatrix.v1.DeliverMessageResponse\x12f\n" +
+	"\x11SubscribeMessages\x12&.wasmatrix.v1.SubscribeMessagesRequest\x1a'.wasmatrix.v1.SubscribeMessagesResponse0\x01\x12Q\n" +
 	"\n" +
 	"FollowLogs\x12\x1f.wasmatrix.v1.FollowLogsRequest\x1a .wasmatrix.v1.FollowLogsResponse0\x01\x12X\n" +
 	"\rStartInstance\x12\".wasmatrix.v1.StartInstanceRequest\x1a#.wasmatrix.v1.StartInstanceResponse\x12U\n" +
@@ -1765,109 +2159,127 @@ func file_wasmatrix_v1_agent_proto_rawDescGZIP() []byte {
 	return file_wasmatrix_v1_agent_proto_rawDescData
 }
 
-var file_wasmatrix_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
+var file_wasmatrix_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 28)
 var file_wasmatrix_v1_agent_proto_goTypes = []any{
-	(*RegisterNodeRequest)(nil),      // 0: wasmatrix.v1.RegisterNodeRequest
-	(*RegisterNodeResponse)(nil),     // 1: wasmatrix.v1.RegisterNodeResponse
-	(*HeartbeatRequest)(nil),         // 2: wasmatrix.v1.HeartbeatRequest
-	(*HeartbeatResponse)(nil),        // 3: wasmatrix.v1.HeartbeatResponse
-	(*WatchAssignmentsRequest)(nil),  // 4: wasmatrix.v1.WatchAssignmentsRequest
-	(*AssignmentChange)(nil),         // 5: wasmatrix.v1.AssignmentChange
-	(*AssignmentKey)(nil),            // 6: wasmatrix.v1.AssignmentKey
-	(*RemoteInstance)(nil),           // 7: wasmatrix.v1.RemoteInstance
-	(*NodeAddress)(nil),              // 8: wasmatrix.v1.NodeAddress
-	(*WatchAssignmentsResponse)(nil), // 9: wasmatrix.v1.WatchAssignmentsResponse
-	(*InstanceReport)(nil),           // 10: wasmatrix.v1.InstanceReport
-	(*ProviderReport)(nil),           // 11: wasmatrix.v1.ProviderReport
-	(*ReportStatusRequest)(nil),      // 12: wasmatrix.v1.ReportStatusRequest
-	(*ReportStatusResponse)(nil),     // 13: wasmatrix.v1.ReportStatusResponse
-	(*InvokeInstanceRequest)(nil),    // 14: wasmatrix.v1.InvokeInstanceRequest
-	(*InvokeInstanceResponse)(nil),   // 15: wasmatrix.v1.InvokeInstanceResponse
-	(*InstanceCaller)(nil),           // 16: wasmatrix.v1.InstanceCaller
-	(*UserCaller)(nil),               // 17: wasmatrix.v1.UserCaller
-	(*InvokeCapabilityRequest)(nil),  // 18: wasmatrix.v1.InvokeCapabilityRequest
-	(*InvokeCapabilityResponse)(nil), // 19: wasmatrix.v1.InvokeCapabilityResponse
-	(*AgentClock)(nil),               // 20: wasmatrix.v1.AgentClock
-	(*ReadClockRequest)(nil),         // 21: wasmatrix.v1.ReadClockRequest
-	(*ReadClockResponse)(nil),        // 22: wasmatrix.v1.ReadClockResponse
-	(*NodeInfo)(nil),                 // 23: wasmatrix.v1.NodeInfo
-	(*ProviderSpec)(nil),             // 24: wasmatrix.v1.ProviderSpec
-	(*durationpb.Duration)(nil),      // 25: google.protobuf.Duration
-	(*Instance)(nil),                 // 26: wasmatrix.v1.Instance
-	(*Provider)(nil),                 // 27: wasmatrix.v1.Provider
-	(*CapabilityAssignment)(nil),     // 28: wasmatrix.v1.CapabilityAssignment
-	(*Placement)(nil),                // 29: wasmatrix.v1.Placement
-	(*InstanceStatus)(nil),           // 30: wasmatrix.v1.InstanceStatus
-	(*ProviderStatus)(nil),           // 31: wasmatrix.v1.ProviderStatus
-	(*InvokeRequest)(nil),            // 32: wasmatrix.v1.InvokeRequest
-	(*InvokeResponse)(nil),           // 33: wasmatrix.v1.InvokeResponse
-	(*QueryInstanceRequest)(nil),     // 34: wasmatrix.v1.QueryInstanceRequest
-	(*ListInstancesRequest)(nil),     // 35: wasmatrix.v1.ListInstancesRequest
-	(*FollowLogsRequest)(nil),        // 36: wasmatrix.v1.FollowLogsRequest
-	(*StartInstanceRequest)(nil),     // 37: wasmatrix.v1.StartInstanceRequest
-	(*StopInstanceRequest)(nil),      // 38: wasmatrix.v1.StopInstanceRequest
-	(*UploadModuleRequest)(nil),      // 39: wasmatrix.v1.UploadModuleRequest
-	(*QueryInstanceResponse)(nil),    // 40: wasmatrix.v1.QueryInstanceResponse
-	(*ListInstancesResponse)(nil),    // 41: wasmatrix.v1.ListInstancesResponse
-	(*FollowLogsResponse)(nil),       // 42: wasmatrix.v1.FollowLogsResponse
-	(*StartInstanceResponse)(nil),    // 43: wasmatrix.v1.StartInstanceResponse
-	(*StopInstanceResponse)(nil),     // 44: wasmatrix.v1.StopInstanceResponse
-	(*UploadModuleResponse)(nil),     // 45: wasmatrix.v1.UploadModuleResponse
+	(*RegisterNodeRequest)(nil),        // 0: wasmatrix.v1.RegisterNodeRequest
+	(*RegisterNodeResponse)(nil),       // 1: wasmatrix.v1.RegisterNodeResponse
+	(*HeartbeatRequest)(nil),           // 2: wasmatrix.v1.HeartbeatRequest
+	(*HeartbeatResponse)(nil),          // 3: wasmatrix.v1.HeartbeatResponse
+	(*WatchAssignmentsRequest)(nil),    // 4: wasmatrix.v1.WatchAssignmentsRequest
+	(*AssignmentChange)(nil),           // 5: wasmatrix.v1.AssignmentChange
+	(*AssignmentKey)(nil),              // 6: wasmatrix.v1.AssignmentKey
+	(*RemoteInstance)(nil),             // 7: wasmatrix.v1.RemoteInstance
+	(*NodeAddress)(nil),                // 8: wasmatrix.v1.NodeAddress
+	(*WatchAssignmentsResponse)(nil),   // 9: wasmatrix.v1.WatchAssignmentsResponse
+	(*InstanceReport)(nil),             // 10: wasmatrix.v1.InstanceReport
+	(*ProviderReport)(nil),             // 11: wasmatrix.v1.ProviderReport
+	(*ReportStatusRequest)(nil),        // 12: wasmatrix.v1.ReportStatusRequest
+	(*DenialReport)(nil),               // 13: wasmatrix.v1.DenialReport
+	(*RecordSubscriptionRequest)(nil),  // 14: wasmatrix.v1.RecordSubscriptionRequest
+	(*RecordSubscriptionResponse)(nil), // 15: wasmatrix.v1.RecordSubscriptionResponse
+	(*DeliverMessageRequest)(nil),      // 16: wasmatrix.v1.DeliverMessageRequest
+	(*DeliverMessageResponse)(nil),     // 17: wasmatrix.v1.DeliverMessageResponse
+	(*ReportStatusResponse)(nil),       // 18: wasmatrix.v1.ReportStatusResponse
+	(*InvokeInstanceRequest)(nil),      // 19: wasmatrix.v1.InvokeInstanceRequest
+	(*InvokeInstanceResponse)(nil),     // 20: wasmatrix.v1.InvokeInstanceResponse
+	(*InstanceCaller)(nil),             // 21: wasmatrix.v1.InstanceCaller
+	(*UserCaller)(nil),                 // 22: wasmatrix.v1.UserCaller
+	(*InvokeCapabilityRequest)(nil),    // 23: wasmatrix.v1.InvokeCapabilityRequest
+	(*InvokeCapabilityResponse)(nil),   // 24: wasmatrix.v1.InvokeCapabilityResponse
+	(*AgentClock)(nil),                 // 25: wasmatrix.v1.AgentClock
+	(*ReadClockRequest)(nil),           // 26: wasmatrix.v1.ReadClockRequest
+	(*ReadClockResponse)(nil),          // 27: wasmatrix.v1.ReadClockResponse
+	(*NodeInfo)(nil),                   // 28: wasmatrix.v1.NodeInfo
+	(*ProviderSpec)(nil),               // 29: wasmatrix.v1.ProviderSpec
+	(*durationpb.Duration)(nil),        // 30: google.protobuf.Duration
+	(*Instance)(nil),                   // 31: wasmatrix.v1.Instance
+	(*Provider)(nil),                   // 32: wasmatrix.v1.Provider
+	(*CapabilityAssignment)(nil),       // 33: wasmatrix.v1.CapabilityAssignment
+	(*Placement)(nil),                  // 34: wasmatrix.v1.Placement
+	(*InstanceStatus)(nil),             // 35: wasmatrix.v1.InstanceStatus
+	(*ProviderStatus)(nil),             // 36: wasmatrix.v1.ProviderStatus
+	(*Message)(nil),                    // 37: wasmatrix.v1.Message
+	(*MessageResult)(nil),              // 38: wasmatrix.v1.MessageResult
+	(*InvokeRequest)(nil),              // 39: wasmatrix.v1.InvokeRequest
+	(*InvokeResponse)(nil),             // 40: wasmatrix.v1.InvokeResponse
+	(*QueryInstanceRequest)(nil),       // 41: wasmatrix.v1.QueryInstanceRequest
+	(*ListInstancesRequest)(nil),       // 42: wasmatrix.v1.ListInstancesRequest
+	(*SubscribeMessagesRequest)(nil),   // 43: wasmatrix.v1.SubscribeMessagesRequest
+	(*FollowLogsRequest)(nil),          // 44: wasmatrix.v1.FollowLogsRequest
+	(*StartInstanceRequest)(nil),       // 45: wasmatrix.v1.StartInstanceRequest
+	(*StopInstanceRequest)(nil),        // 46: wasmatrix.v1.StopInstanceRequest
+	(*UploadModuleRequest)(nil),        // 47: wasmatrix.v1.UploadModuleRequest
+	(*QueryInstanceResponse)(nil),      // 48: wasmatrix.v1.QueryInstanceResponse
+	(*ListInstancesResponse)(nil),      // 49: wasmatrix.v1.ListInstancesResponse
+	(*SubscribeMessagesResponse)(nil),  // 50: wasmatrix.v1.SubscribeMessagesResponse
+	(*FollowLogsResponse)(nil),         // 51: wasmatrix.v1.FollowLogsResponse
+	(*StartInstanceResponse)(nil),      // 52: wasmatrix.v1.StartInstanceResponse
+	(*StopInstanceResponse)(nil),       // 53: wasmatrix.v1.StopInstanceResponse
+	(*UploadModuleResponse)(nil),       // 54: wasmatrix.v1.UploadModuleResponse
 }
 var file_wasmatrix_v1_agent_proto_depIdxs = []int32{
-	23, // 0: wasmatrix.v1.RegisterNodeRequest.info:type_name -> wasmatrix.v1.NodeInfo
-	24, // 1: wasmatrix.v1.RegisterNodeRequest.providers:type_name -> wasmatrix.v1.ProviderSpec
-	25, // 2: wasmatrix.v1.RegisterNodeResponse.lease_ttl:type_name -> google.protobuf.Duration
-	25, // 3: wasmatrix.v1.HeartbeatResponse.lease_ttl:type_name -> google.protobuf.Duration
-	26, // 4: wasmatrix.v1.AssignmentChange.put_instance:type_name -> wasmatrix.v1.Instance
-	27, // 5: wasmatrix.v1.AssignmentChange.put_provider:type_name -> wasmatrix.v1.Provider
-	28, // 6: wasmatrix.v1.AssignmentChange.put_assignment:type_name -> wasmatrix.v1.CapabilityAssignment
+	28, // 0: wasmatrix.v1.RegisterNodeRequest.info:type_name -> wasmatrix.v1.NodeInfo
+	29, // 1: wasmatrix.v1.RegisterNodeRequest.providers:type_name -> wasmatrix.v1.ProviderSpec
+	30, // 2: wasmatrix.v1.RegisterNodeResponse.lease_ttl:type_name -> google.protobuf.Duration
+	30, // 3: wasmatrix.v1.HeartbeatResponse.lease_ttl:type_name -> google.protobuf.Duration
+	31, // 4: wasmatrix.v1.AssignmentChange.put_instance:type_name -> wasmatrix.v1.Instance
+	32, // 5: wasmatrix.v1.AssignmentChange.put_provider:type_name -> wasmatrix.v1.Provider
+	33, // 6: wasmatrix.v1.AssignmentChange.put_assignment:type_name -> wasmatrix.v1.CapabilityAssignment
 	6,  // 7: wasmatrix.v1.AssignmentChange.remove_assignment:type_name -> wasmatrix.v1.AssignmentKey
 	7,  // 8: wasmatrix.v1.AssignmentChange.put_remote_instance:type_name -> wasmatrix.v1.RemoteInstance
 	8,  // 9: wasmatrix.v1.AssignmentChange.put_node:type_name -> wasmatrix.v1.NodeAddress
-	29, // 10: wasmatrix.v1.RemoteInstance.placement:type_name -> wasmatrix.v1.Placement
+	34, // 10: wasmatrix.v1.RemoteInstance.placement:type_name -> wasmatrix.v1.Placement
 	5,  // 11: wasmatrix.v1.WatchAssignmentsResponse.changes:type_name -> wasmatrix.v1.AssignmentChange
-	30, // 12: wasmatrix.v1.InstanceReport.status:type_name -> wasmatrix.v1.InstanceStatus
-	31, // 13: wasmatrix.v1.ProviderReport.status:type_name -> wasmatrix.v1.ProviderStatus
+	35, // 12: wasmatrix.v1.InstanceReport.status:type_name -> wasmatrix.v1.InstanceStatus
+	36, // 13: wasmatrix.v1.ProviderReport.status:type_name -> wasmatrix.v1.ProviderStatus
 	10, // 14: wasmatrix.v1.ReportStatusRequest.instances:type_name -> wasmatrix.v1.InstanceReport
 	11, // 15: wasmatrix.v1.ReportStatusRequest.providers:type_name -> wasmatrix.v1.ProviderReport
-	32, // 16: wasmatrix.v1.InvokeInstanceRequest.request:type_name -> wasmatrix.v1.InvokeRequest
-	33, // 17: wasmatrix.v1.InvokeInstanceResponse.response:type_name -> wasmatrix.v1.InvokeResponse
-	16, // 18: wasmatrix.v1.InvokeCapabilityRequest.instance:type_name -> wasmatrix.v1.InstanceCaller
-	17, // 19: wasmatrix.v1.InvokeCapabilityRequest.user:type_name -> wasmatrix.v1.UserCaller
-	20, // 20: wasmatrix.v1.InvokeCapabilityResponse.clock:type_name -> wasmatrix.v1.AgentClock
-	20, // 21: wasmatrix.v1.ReadClockResponse.clock:type_name -> wasmatrix.v1.AgentClock
-	0,  // 22: wasmatrix.v1.AgentSessionService.RegisterNode:input_type -> wasmatrix.v1.RegisterNodeRequest
-	2,  // 23: wasmatrix.v1.AgentSessionService.Heartbeat:input_type -> wasmatrix.v1.HeartbeatRequest
-	4,  // 24: wasmatrix.v1.AgentSessionService.WatchAssignments:input_type -> wasmatrix.v1.WatchAssignmentsRequest
-	12, // 25: wasmatrix.v1.AgentSessionService.ReportStatus:input_type -> wasmatrix.v1.ReportStatusRequest
-	34, // 26: wasmatrix.v1.NodeAgentService.QueryInstance:input_type -> wasmatrix.v1.QueryInstanceRequest
-	35, // 27: wasmatrix.v1.NodeAgentService.ListInstances:input_type -> wasmatrix.v1.ListInstancesRequest
-	14, // 28: wasmatrix.v1.NodeAgentService.InvokeInstance:input_type -> wasmatrix.v1.InvokeInstanceRequest
-	18, // 29: wasmatrix.v1.NodeAgentService.InvokeCapability:input_type -> wasmatrix.v1.InvokeCapabilityRequest
-	21, // 30: wasmatrix.v1.NodeAgentService.ReadClock:input_type -> wasmatrix.v1.ReadClockRequest
-	36, // 31: wasmatrix.v1.NodeAgentService.FollowLogs:input_type -> wasmatrix.v1.FollowLogsRequest
-	37, // 32: wasmatrix.v1.NodeAgentService.StartInstance:input_type -> wasmatrix.v1.StartInstanceRequest
-	38, // 33: wasmatrix.v1.NodeAgentService.StopInstance:input_type -> wasmatrix.v1.StopInstanceRequest
-	39, // 34: wasmatrix.v1.NodeAgentService.UploadModule:input_type -> wasmatrix.v1.UploadModuleRequest
-	1,  // 35: wasmatrix.v1.AgentSessionService.RegisterNode:output_type -> wasmatrix.v1.RegisterNodeResponse
-	3,  // 36: wasmatrix.v1.AgentSessionService.Heartbeat:output_type -> wasmatrix.v1.HeartbeatResponse
-	9,  // 37: wasmatrix.v1.AgentSessionService.WatchAssignments:output_type -> wasmatrix.v1.WatchAssignmentsResponse
-	13, // 38: wasmatrix.v1.AgentSessionService.ReportStatus:output_type -> wasmatrix.v1.ReportStatusResponse
-	40, // 39: wasmatrix.v1.NodeAgentService.QueryInstance:output_type -> wasmatrix.v1.QueryInstanceResponse
-	41, // 40: wasmatrix.v1.NodeAgentService.ListInstances:output_type -> wasmatrix.v1.ListInstancesResponse
-	15, // 41: wasmatrix.v1.NodeAgentService.InvokeInstance:output_type -> wasmatrix.v1.InvokeInstanceResponse
-	19, // 42: wasmatrix.v1.NodeAgentService.InvokeCapability:output_type -> wasmatrix.v1.InvokeCapabilityResponse
-	22, // 43: wasmatrix.v1.NodeAgentService.ReadClock:output_type -> wasmatrix.v1.ReadClockResponse
-	42, // 44: wasmatrix.v1.NodeAgentService.FollowLogs:output_type -> wasmatrix.v1.FollowLogsResponse
-	43, // 45: wasmatrix.v1.NodeAgentService.StartInstance:output_type -> wasmatrix.v1.StartInstanceResponse
-	44, // 46: wasmatrix.v1.NodeAgentService.StopInstance:output_type -> wasmatrix.v1.StopInstanceResponse
-	45, // 47: wasmatrix.v1.NodeAgentService.UploadModule:output_type -> wasmatrix.v1.UploadModuleResponse
-	35, // [35:48] is the sub-list for method output_type
-	22, // [22:35] is the sub-list for method input_type
-	22, // [22:22] is the sub-list for extension type_name
-	22, // [22:22] is the sub-list for extension extendee
-	0,  // [0:22] is the sub-list for field type_name
+	13, // 16: wasmatrix.v1.ReportStatusRequest.denials:type_name -> wasmatrix.v1.DenialReport
+	37, // 17: wasmatrix.v1.DeliverMessageRequest.message:type_name -> wasmatrix.v1.Message
+	38, // 18: wasmatrix.v1.DeliverMessageResponse.result:type_name -> wasmatrix.v1.MessageResult
+	39, // 19: wasmatrix.v1.InvokeInstanceRequest.request:type_name -> wasmatrix.v1.InvokeRequest
+	40, // 20: wasmatrix.v1.InvokeInstanceResponse.response:type_name -> wasmatrix.v1.InvokeResponse
+	21, // 21: wasmatrix.v1.InvokeCapabilityRequest.instance:type_name -> wasmatrix.v1.InstanceCaller
+	22, // 22: wasmatrix.v1.InvokeCapabilityRequest.user:type_name -> wasmatrix.v1.UserCaller
+	25, // 23: wasmatrix.v1.InvokeCapabilityResponse.clock:type_name -> wasmatrix.v1.AgentClock
+	25, // 24: wasmatrix.v1.ReadClockResponse.clock:type_name -> wasmatrix.v1.AgentClock
+	0,  // 25: wasmatrix.v1.AgentSessionService.RegisterNode:input_type -> wasmatrix.v1.RegisterNodeRequest
+	2,  // 26: wasmatrix.v1.AgentSessionService.Heartbeat:input_type -> wasmatrix.v1.HeartbeatRequest
+	4,  // 27: wasmatrix.v1.AgentSessionService.WatchAssignments:input_type -> wasmatrix.v1.WatchAssignmentsRequest
+	12, // 28: wasmatrix.v1.AgentSessionService.ReportStatus:input_type -> wasmatrix.v1.ReportStatusRequest
+	14, // 29: wasmatrix.v1.AgentSessionService.RecordSubscription:input_type -> wasmatrix.v1.RecordSubscriptionRequest
+	41, // 30: wasmatrix.v1.NodeAgentService.QueryInstance:input_type -> wasmatrix.v1.QueryInstanceRequest
+	42, // 31: wasmatrix.v1.NodeAgentService.ListInstances:input_type -> wasmatrix.v1.ListInstancesRequest
+	19, // 32: wasmatrix.v1.NodeAgentService.InvokeInstance:input_type -> wasmatrix.v1.InvokeInstanceRequest
+	23, // 33: wasmatrix.v1.NodeAgentService.InvokeCapability:input_type -> wasmatrix.v1.InvokeCapabilityRequest
+	26, // 34: wasmatrix.v1.NodeAgentService.ReadClock:input_type -> wasmatrix.v1.ReadClockRequest
+	16, // 35: wasmatrix.v1.NodeAgentService.DeliverMessage:input_type -> wasmatrix.v1.DeliverMessageRequest
+	43, // 36: wasmatrix.v1.NodeAgentService.SubscribeMessages:input_type -> wasmatrix.v1.SubscribeMessagesRequest
+	44, // 37: wasmatrix.v1.NodeAgentService.FollowLogs:input_type -> wasmatrix.v1.FollowLogsRequest
+	45, // 38: wasmatrix.v1.NodeAgentService.StartInstance:input_type -> wasmatrix.v1.StartInstanceRequest
+	46, // 39: wasmatrix.v1.NodeAgentService.StopInstance:input_type -> wasmatrix.v1.StopInstanceRequest
+	47, // 40: wasmatrix.v1.NodeAgentService.UploadModule:input_type -> wasmatrix.v1.UploadModuleRequest
+	1,  // 41: wasmatrix.v1.AgentSessionService.RegisterNode:output_type -> wasmatrix.v1.RegisterNodeResponse
+	3,  // 42: wasmatrix.v1.AgentSessionService.Heartbeat:output_type -> wasmatrix.v1.HeartbeatResponse
+	9,  // 43: wasmatrix.v1.AgentSessionService.WatchAssignments:output_type -> wasmatrix.v1.WatchAssignmentsResponse
+	18, // 44: wasmatrix.v1.AgentSessionService.ReportStatus:output_type -> wasmatrix.v1.ReportStatusResponse
+	15, // 45: wasmatrix.v1.AgentSessionService.RecordSubscription:output_type -> wasmatrix.v1.RecordSubscriptionResponse
+	48, // 46: wasmatrix.v1.NodeAgentService.QueryInstance:output_type -> wasmatrix.v1.QueryInstanceResponse
+	49, // 47: wasmatrix.v1.NodeAgentService.ListInstances:output_type -> wasmatrix.v1.ListInstancesResponse
+	20, // 48: wasmatrix.v1.NodeAgentService.InvokeInstance:output_type -> wasmatrix.v1.InvokeInstanceResponse
+	24, // 49: wasmatrix.v1.NodeAgentService.InvokeCapability:output_type -> wasmatrix.v1.InvokeCapabilityResponse
+	27, // 50: wasmatrix.v1.NodeAgentService.ReadClock:output_type -> wasmatrix.v1.ReadClockResponse
+	17, // 51: wasmatrix.v1.NodeAgentService.DeliverMessage:output_type -> wasmatrix.v1.DeliverMessageResponse
+	50, // 52: wasmatrix.v1.NodeAgentService.SubscribeMessages:output_type -> wasmatrix.v1.SubscribeMessagesResponse
+	51, // 53: wasmatrix.v1.NodeAgentService.FollowLogs:output_type -> wasmatrix.v1.FollowLogsResponse
+	52, // 54: wasmatrix.v1.NodeAgentService.StartInstance:output_type -> wasmatrix.v1.StartInstanceResponse
+	53, // 55: wasmatrix.v1.NodeAgentService.StopInstance:output_type -> wasmatrix.v1.StopInstanceResponse
+	54, // 56: wasmatrix.v1.NodeAgentService.UploadModule:output_type -> wasmatrix.v1.UploadModuleResponse
+	41, // [41:57] is the sub-list for method output_type
+	25, // [25:41] is the sub-list for method input_type
+	25, // [25:25] is the sub-list for extension type_name
+	25, // [25:25] is the sub-list for extension extendee
+	0,  // [0:25] is the sub-list for field type_name
 }
 
 func init() { file_wasmatrix_v1_agent_proto_init() }
@@ -1892,7 +2304,7 @@ func file_wasmatrix_v1_agent_proto_init() {
 		(*AssignmentChange_PutNode)(nil),
 		(*AssignmentChange_RemoveNode)(nil),
 	}
-	file_wasmatrix_v1_agent_proto_msgTypes[18].OneofWrappers = []any{
+	file_wasmatrix_v1_agent_proto_msgTypes[23].OneofWrappers = []any{
 		(*InvokeCapabilityRequest_Instance)(nil),
 		(*InvokeCapabilityRequest_User)(nil),
 	}
@@ -1902,7 +2314,7 @@ func file_wasmatrix_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_wasmatrix_v1_agent_proto_rawDesc), len(file_wasmatrix_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   23,
+			NumMessages:   28,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

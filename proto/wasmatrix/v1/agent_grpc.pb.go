@@ -19,10 +19,11 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	AgentSessionService_RegisterNode_FullMethodName     = "/wasmatrix.v1.AgentSessionService/RegisterNode"
-	AgentSessionService_Heartbeat_FullMethodName        = "/wasmatrix.v1.AgentSessionService/Heartbeat"
-	AgentSessionService_WatchAssignments_FullMethodName = "/wasmatrix.v1.AgentSessionService/WatchAssignments"
-	AgentSessionService_ReportStatus_FullMethodName     = "/wasmatrix.v1.AgentSessionService/ReportStatus"
+	AgentSessionService_RegisterNode_FullMethodName       = "/wasmatrix.v1.AgentSessionService/RegisterNode"
+	AgentSessionService_Heartbeat_FullMethodName          = "/wasmatrix.v1.AgentSessionService/Heartbeat"
+	AgentSessionService_WatchAssignments_FullMethodName   = "/wasmatrix.v1.AgentSessionService/WatchAssignments"
+	AgentSessionService_ReportStatus_FullMethodName       = "/wasmatrix.v1.AgentSessionService/ReportStatus"
+	AgentSessionService_RecordSubscription_FullMethodName = "/wasmatrix.v1.AgentSessionService/RecordSubscription"
 )
 
 // AgentSessionServiceClient is the client API for AgentSessionService service.
@@ -42,6 +43,9 @@ type AgentSessionServiceClient interface {
 	WatchAssignments(ctx context.Context, in *WatchAssignmentsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchAssignmentsResponse], error)
 	// ReportStatus records what the agent observed; it answers when that is committed.
 	ReportStatus(ctx context.Context, in *ReportStatusRequest, opts ...grpc.CallOption) (*ReportStatusResponse, error)
+	// RecordSubscription adds or ends a subscription of an instance at a messaging
+	// provider of this node; it answers when that is committed.
+	RecordSubscription(ctx context.Context, in *RecordSubscriptionRequest, opts ...grpc.CallOption) (*RecordSubscriptionResponse, error)
 }
 
 type agentSessionServiceClient struct {
@@ -101,6 +105,16 @@ func (c *agentSessionServiceClient) ReportStatus(ctx context.Context, in *Report
 	return out, nil
 }
 
+func (c *agentSessionServiceClient) RecordSubscription(ctx context.Context, in *RecordSubscriptionRequest, opts ...grpc.CallOption) (*RecordSubscriptionResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RecordSubscriptionResponse)
+	err := c.cc.Invoke(ctx, AgentSessionService_RecordSubscription_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // AgentSessionServiceServer is the server API for AgentSessionService service.
 // All implementations must embed UnimplementedAgentSessionServiceServer
 // for forward compatibility.
@@ -118,6 +132,9 @@ type AgentSessionServiceServer interface {
 	WatchAssignments(*WatchAssignmentsRequest, grpc.ServerStreamingServer[WatchAssignmentsResponse]) error
 	// ReportStatus records what the agent observed; it answers when that is committed.
 	ReportStatus(context.Context, *ReportStatusRequest) (*ReportStatusResponse, error)
+	// RecordSubscription adds or ends a subscription of an instance at a messaging
+	// provider of this node; it answers when that is committed.
+	RecordSubscription(context.Context, *RecordSubscriptionRequest) (*RecordSubscriptionResponse, error)
 	mustEmbedUnimplementedAgentSessionServiceServer()
 }
 
@@ -139,6 +156,9 @@ func (UnimplementedAgentSessionServiceServer) WatchAssignments(*WatchAssignments
 }
 func (UnimplementedAgentSessionServiceServer) ReportStatus(context.Context, *ReportStatusRequest) (*ReportStatusResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ReportStatus not implemented")
+}
+func (UnimplementedAgentSessionServiceServer) RecordSubscription(context.Context, *RecordSubscriptionRequest) (*RecordSubscriptionResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method RecordSubscription not implemented")
 }
 func (UnimplementedAgentSessionServiceServer) mustEmbedUnimplementedAgentSessionServiceServer() {}
 func (UnimplementedAgentSessionServiceServer) testEmbeddedByValue()                             {}
@@ -226,6 +246,24 @@ func _AgentSessionService_ReportStatus_Handler(srv interface{}, ctx context.Cont
 	return interceptor(ctx, in, info, handler)
 }
 
+func _AgentSessionService_RecordSubscription_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RecordSubscriptionRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AgentSessionServiceServer).RecordSubscription(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: AgentSessionService_RecordSubscription_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AgentSessionServiceServer).RecordSubscription(ctx, req.(*RecordSubscriptionRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // AgentSessionService_ServiceDesc is the grpc.ServiceDesc for AgentSessionService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -245,6 +283,10 @@ var AgentSessionService_ServiceDesc = grpc.ServiceDesc{
 			MethodName: "ReportStatus",
 			Handler:    _AgentSessionService_ReportStatus_Handler,
 		},
+		{
+			MethodName: "RecordSubscription",
+			Handler:    _AgentSessionService_RecordSubscription_Handler,
+		},
 	},
 	Streams: []grpc.StreamDesc{
 		{
@@ -257,15 +299,17 @@ var AgentSessionService_ServiceDesc = grpc.ServiceDesc{
 }
 
 const (
-	NodeAgentService_QueryInstance_FullMethodName    = "/wasmatrix.v1.NodeAgentService/QueryInstance"
-	NodeAgentService_ListInstances_FullMethodName    = "/wasmatrix.v1.NodeAgentService/ListInstances"
-	NodeAgentService_InvokeInstance_FullMethodName   = "/wasmatrix.v1.NodeAgentService/InvokeInstance"
-	NodeAgentService_InvokeCapability_FullMethodName = "/wasmatrix.v1.NodeAgentService/InvokeCapability"
-	NodeAgentService_ReadClock_FullMethodName        = "/wasmatrix.v1.NodeAgentService/ReadClock"
-	NodeAgentService_FollowLogs_FullMethodName       = "/wasmatrix.v1.NodeAgentService/FollowLogs"
-	NodeAgentService_StartInstance_FullMethodName    = "/wasmatrix.v1.NodeAgentService/StartInstance"
-	NodeAgentService_StopInstance_FullMethodName     = "/wasmatrix.v1.NodeAgentService/StopInstance"
-	NodeAgentService_UploadModule_FullMethodName     = "/wasmatrix.v1.NodeAgentService/UploadModule"
+	NodeAgentService_QueryInstance_FullMethodName     = "/wasmatrix.v1.NodeAgentService/QueryInstance"
+	NodeAgentService_ListInstances_FullMethodName     = "/wasmatrix.v1.NodeAgentService/ListInstances"
+	NodeAgentService_InvokeInstance_FullMethodName    = "/wasmatrix.v1.NodeAgentService/InvokeInstance"
+	NodeAgentService_InvokeCapability_FullMethodName  = "/wasmatrix.v1.NodeAgentService/InvokeCapability"
+	NodeAgentService_ReadClock_FullMethodName         = "/wasmatrix.v1.NodeAgentService/ReadClock"
+	NodeAgentService_DeliverMessage_FullMethodName    = "/wasmatrix.v1.NodeAgentService/DeliverMessage"
+	NodeAgentService_SubscribeMessages_FullMethodName = "/wasmatrix.v1.NodeAgentService/SubscribeMessages"
+	NodeAgentService_FollowLogs_FullMethodName        = "/wasmatrix.v1.NodeAgentService/FollowLogs"
+	NodeAgentService_StartInstance_FullMethodName     = "/wasmatrix.v1.NodeAgentService/StartInstance"
+	NodeAgentService_StopInstance_FullMethodName      = "/wasmatrix.v1.NodeAgentService/StopInstance"
+	NodeAgentService_UploadModule_FullMethodName      = "/wasmatrix.v1.NodeAgentService/UploadModule"
 )
 
 // NodeAgentServiceClient is the client API for NodeAgentService service.
@@ -287,6 +331,11 @@ type NodeAgentServiceClient interface {
 	// ReadClock tells the time of the agent's own clock, for other agents, which
 	// limit with it until when a call may have its effect.
 	ReadClock(ctx context.Context, in *ReadClockRequest, opts ...grpc.CallOption) (*ReadClockResponse, error)
+	// DeliverMessage hands a message to an instance of this node, for the messaging
+	// provider of the caller's node that the instance is subscribed to.
+	DeliverMessage(ctx context.Context, in *DeliverMessageRequest, opts ...grpc.CallOption) (*DeliverMessageResponse, error)
+	// SubscribeMessages streams messages of a messaging provider of this node to a user.
+	SubscribeMessages(ctx context.Context, in *SubscribeMessagesRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[SubscribeMessagesResponse], error)
 	// FollowLogs streams the output of instances of this node.
 	FollowLogs(ctx context.Context, in *FollowLogsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[FollowLogsResponse], error)
 	// StartInstance starts a workload; in standalone mode only.
@@ -355,9 +404,38 @@ func (c *nodeAgentServiceClient) ReadClock(ctx context.Context, in *ReadClockReq
 	return out, nil
 }
 
+func (c *nodeAgentServiceClient) DeliverMessage(ctx context.Context, in *DeliverMessageRequest, opts ...grpc.CallOption) (*DeliverMessageResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(DeliverMessageResponse)
+	err := c.cc.Invoke(ctx, NodeAgentService_DeliverMessage_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *nodeAgentServiceClient) SubscribeMessages(ctx context.Context, in *SubscribeMessagesRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[SubscribeMessagesResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &NodeAgentService_ServiceDesc.Streams[0], NodeAgentService_SubscribeMessages_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[SubscribeMessagesRequest, SubscribeMessagesResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type NodeAgentService_SubscribeMessagesClient = grpc.ServerStreamingClient[SubscribeMessagesResponse]
+
 func (c *nodeAgentServiceClient) FollowLogs(ctx context.Context, in *FollowLogsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[FollowLogsResponse], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	stream, err := c.cc.NewStream(ctx, &NodeAgentService_ServiceDesc.Streams[0], NodeAgentService_FollowLogs_FullMethodName, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &NodeAgentService_ServiceDesc.Streams[1], NodeAgentService_FollowLogs_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -396,7 +474,7 @@ func (c *nodeAgentServiceClient) StopInstance(ctx context.Context, in *StopInsta
 
 func (c *nodeAgentServiceClient) UploadModule(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[UploadModuleRequest, UploadModuleResponse], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	stream, err := c.cc.NewStream(ctx, &NodeAgentService_ServiceDesc.Streams[1], NodeAgentService_UploadModule_FullMethodName, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &NodeAgentService_ServiceDesc.Streams[2], NodeAgentService_UploadModule_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -426,6 +504,11 @@ type NodeAgentServiceServer interface {
 	// ReadClock tells the time of the agent's own clock, for other agents, which
 	// limit with it until when a call may have its effect.
 	ReadClock(context.Context, *ReadClockRequest) (*ReadClockResponse, error)
+	// DeliverMessage hands a message to an instance of this node, for the messaging
+	// provider of the caller's node that the instance is subscribed to.
+	DeliverMessage(context.Context, *DeliverMessageRequest) (*DeliverMessageResponse, error)
+	// SubscribeMessages streams messages of a messaging provider of this node to a user.
+	SubscribeMessages(*SubscribeMessagesRequest, grpc.ServerStreamingServer[SubscribeMessagesResponse]) error
 	// FollowLogs streams the output of instances of this node.
 	FollowLogs(*FollowLogsRequest, grpc.ServerStreamingServer[FollowLogsResponse]) error
 	// StartInstance starts a workload; in standalone mode only.
@@ -458,6 +541,12 @@ func (UnimplementedNodeAgentServiceServer) InvokeCapability(context.Context, *In
 }
 func (UnimplementedNodeAgentServiceServer) ReadClock(context.Context, *ReadClockRequest) (*ReadClockResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ReadClock not implemented")
+}
+func (UnimplementedNodeAgentServiceServer) DeliverMessage(context.Context, *DeliverMessageRequest) (*DeliverMessageResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method DeliverMessage not implemented")
+}
+func (UnimplementedNodeAgentServiceServer) SubscribeMessages(*SubscribeMessagesRequest, grpc.ServerStreamingServer[SubscribeMessagesResponse]) error {
+	return status.Error(codes.Unimplemented, "method SubscribeMessages not implemented")
 }
 func (UnimplementedNodeAgentServiceServer) FollowLogs(*FollowLogsRequest, grpc.ServerStreamingServer[FollowLogsResponse]) error {
 	return status.Error(codes.Unimplemented, "method FollowLogs not implemented")
@@ -582,6 +671,35 @@ func _NodeAgentService_ReadClock_Handler(srv interface{}, ctx context.Context, d
 	return interceptor(ctx, in, info, handler)
 }
 
+func _NodeAgentService_DeliverMessage_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(DeliverMessageRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(NodeAgentServiceServer).DeliverMessage(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: NodeAgentService_DeliverMessage_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(NodeAgentServiceServer).DeliverMessage(ctx, req.(*DeliverMessageRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _NodeAgentService_SubscribeMessages_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(SubscribeMessagesRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(NodeAgentServiceServer).SubscribeMessages(m, &grpc.GenericServerStream[SubscribeMessagesRequest, SubscribeMessagesResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type NodeAgentService_SubscribeMessagesServer = grpc.ServerStreamingServer[SubscribeMessagesResponse]
+
 func _NodeAgentService_FollowLogs_Handler(srv interface{}, stream grpc.ServerStream) error {
 	m := new(FollowLogsRequest)
 	if err := stream.RecvMsg(m); err != nil {
@@ -664,6 +782,10 @@ var NodeAgentService_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _NodeAgentService_ReadClock_Handler,
 		},
 		{
+			MethodName: "DeliverMessage",
+			Handler:    _NodeAgentService_DeliverMessage_Handler,
+		},
+		{
 			MethodName: "StartInstance",
 			Handler:    _NodeAgentService_StartInstance_Handler,
 		},
@@ -673,6 +795,11 @@ var NodeAgentService_ServiceDesc = grpc.ServiceDesc{
 		},
 	},
 	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "SubscribeMessages",
+			Handler:       _NodeAgentService_SubscribeMessages_Handler,
+			ServerStreams: true,
+		},
 		{
 			StreamName:    "FollowLogs",
 			Handler:       _NodeAgentService_FollowLogs_Handler,

@@ -60,6 +60,7 @@ type Command struct {
 	//	*Command_ReportStatus
 	//	*Command_AssignCapability
 	//	*Command_RevokeCapability
+	//	*Command_RecordSubscription
 	//	*Command_RegisterProvider
 	//	*Command_SetProviderRunning
 	//	*Command_UpdateProvider
@@ -283,6 +284,15 @@ func (x *Command) GetRevokeCapability() *RevokeCapabilityCommand {
 	return nil
 }
 
+func (x *Command) GetRecordSubscription() *RecordSubscriptionRequest {
+	if x != nil {
+		if x, ok := x.Payload.(*Command_RecordSubscription); ok {
+			return x.RecordSubscription
+		}
+	}
+	return nil
+}
+
 func (x *Command) GetRegisterProvider() *RegisterProviderCommand {
 	if x != nil {
 		if x, ok := x.Payload.(*Command_RegisterProvider); ok {
@@ -411,6 +421,11 @@ type Command_RevokeCapability struct {
 	RevokeCapability *RevokeCapabilityCommand `protobuf:"bytes,51,opt,name=revoke_capability,json=revokeCapability,proto3,oneof"`
 }
 
+type Command_RecordSubscription struct {
+	// A subscription begins or ends.
+	RecordSubscription *RecordSubscriptionRequest `protobuf:"bytes,52,opt,name=record_subscription,json=recordSubscription,proto3,oneof"`
+}
+
 type Command_RegisterProvider struct {
 	// A provider is registered.
 	RegisterProvider *RegisterProviderCommand `protobuf:"bytes,60,opt,name=register_provider,json=registerProvider,proto3,oneof"`
@@ -468,6 +483,8 @@ func (*Command_ReportStatus) isCommand_Payload() {}
 func (*Command_AssignCapability) isCommand_Payload() {}
 
 func (*Command_RevokeCapability) isCommand_Payload() {}
+
+func (*Command_RecordSubscription) isCommand_Payload() {}
 
 func (*Command_RegisterProvider) isCommand_Payload() {}
 
@@ -1321,7 +1338,9 @@ type PlaceDecision struct {
 	// The chosen node's epoch; the decision is void when it changed.
 	NodeEpoch uint64 `protobuf:"varint,5,opt,name=node_epoch,json=nodeEpoch,proto3" json:"node_epoch,omitempty"`
 	// Why there is none.
-	Message       string `protobuf:"bytes,6,opt,name=message,proto3" json:"message,omitempty"`
+	Message string `protobuf:"bytes,6,opt,name=message,proto3" json:"message,omitempty"`
+	// With provider_id: which replica.
+	Replica       uint32 `protobuf:"varint,7,opt,name=replica,proto3" json:"replica,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1396,6 +1415,13 @@ func (x *PlaceDecision) GetMessage() string {
 		return x.Message
 	}
 	return ""
+}
+
+func (x *PlaceDecision) GetReplica() uint32 {
+	if x != nil {
+		return x.Replica
+	}
+	return 0
 }
 
 // PlaceCommand is a batch of decisions.
@@ -1615,7 +1641,9 @@ type SetProviderRunningCommand struct {
 	// The provider.
 	ProviderId string `protobuf:"bytes,1,opt,name=provider_id,json=providerId,proto3" json:"provider_id,omitempty"`
 	// True to start.
-	Running       bool `protobuf:"varint,2,opt,name=running,proto3" json:"running,omitempty"`
+	Running bool `protobuf:"varint,2,opt,name=running,proto3" json:"running,omitempty"`
+	// With a stop: how long calls in flight may take; unset means 10s.
+	Grace         *durationpb.Duration `protobuf:"bytes,3,opt,name=grace,proto3" json:"grace,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1662,6 +1690,13 @@ func (x *SetProviderRunningCommand) GetRunning() bool {
 		return x.Running
 	}
 	return false
+}
+
+func (x *SetProviderRunningCommand) GetGrace() *durationpb.Duration {
+	if x != nil {
+		return x.Grace
+	}
+	return nil
 }
 
 // UpdateProviderCommand changes a provider.
@@ -2392,7 +2427,7 @@ var File_wasmatrix_v1_command_proto protoreflect.FileDescriptor
 
 const file_wasmatrix_v1_command_proto_rawDesc = "" +
 	"\n" +
-	"\x1awasmatrix/v1/command.proto\x12\fwasmatrix.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18wasmatrix/v1/agent.proto\x1a\x18wasmatrix/v1/error.proto\x1a\x18wasmatrix/v1/event.proto\x1a\x1bwasmatrix/v1/instance.proto\x1a\x19wasmatrix/v1/module.proto\x1a\x17wasmatrix/v1/node.proto\x1a\x1bwasmatrix/v1/provider.proto\"\xb0\x0e\n" +
+	"\x1awasmatrix/v1/command.proto\x12\fwasmatrix.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18wasmatrix/v1/agent.proto\x1a\x18wasmatrix/v1/error.proto\x1a\x18wasmatrix/v1/event.proto\x1a\x1bwasmatrix/v1/instance.proto\x1a\x19wasmatrix/v1/module.proto\x1a\x17wasmatrix/v1/node.proto\x1a\x1bwasmatrix/v1/provider.proto\"\x8c\x0f\n" +
 	"\aCommand\x12\x1d\n" +
 	"\n" +
 	"request_id\x18\x01 \x01(\tR\trequestId\x12%\n" +
@@ -2419,7 +2454,8 @@ const file_wasmatrix_v1_command_proto_rawDesc = "" +
 	"\x05place\x18, \x01(\v2\x1a.wasmatrix.v1.PlaceCommandH\x00R\x05place\x12H\n" +
 	"\rreport_status\x18- \x01(\v2!.wasmatrix.v1.ReportStatusRequestH\x00R\freportStatus\x12T\n" +
 	"\x11assign_capability\x182 \x01(\v2%.wasmatrix.v1.AssignCapabilityCommandH\x00R\x10assignCapability\x12T\n" +
-	"\x11revoke_capability\x183 \x01(\v2%.wasmatrix.v1.RevokeCapabilityCommandH\x00R\x10revokeCapability\x12T\n" +
+	"\x11revoke_capability\x183 \x01(\v2%.wasmatrix.v1.RevokeCapabilityCommandH\x00R\x10revokeCapability\x12Z\n" +
+	"\x13record_subscription\x184 \x01(\v2'.wasmatrix.v1.RecordSubscriptionRequestH\x00R\x12recordSubscription\x12T\n" +
 	"\x11register_provider\x18< \x01(\v2%.wasmatrix.v1.RegisterProviderCommandH\x00R\x10registerProvider\x12[\n" +
 	"\x14set_provider_running\x18= \x01(\v2'.wasmatrix.v1.SetProviderRunningCommandH\x00R\x12setProviderRunning\x12N\n" +
 	"\x0fupdate_provider\x18> \x01(\v2#.wasmatrix.v1.UpdateProviderCommandH\x00R\x0eupdateProvider\x12Z\n" +
@@ -2475,7 +2511,7 @@ const file_wasmatrix_v1_command_proto_rawDesc = "" +
 	"\finstance_ids\x18\x01 \x03(\tR\vinstanceIds\"Q\n" +
 	"\x16RemoveInstancesCommand\x12!\n" +
 	"\finstance_ids\x18\x01 \x03(\tR\vinstanceIds\x12\x14\n" +
-	"\x05force\x18\x02 \x01(\bR\x05force\"\xcc\x01\n" +
+	"\x05force\x18\x02 \x01(\bR\x05force\"\xe6\x01\n" +
 	"\rPlaceDecision\x12\x1f\n" +
 	"\vinstance_id\x18\x01 \x01(\tR\n" +
 	"instanceId\x12\x1f\n" +
@@ -2485,7 +2521,8 @@ const file_wasmatrix_v1_command_proto_rawDesc = "" +
 	"\anode_id\x18\x04 \x01(\tR\x06nodeId\x12\x1d\n" +
 	"\n" +
 	"node_epoch\x18\x05 \x01(\x04R\tnodeEpoch\x12\x18\n" +
-	"\amessage\x18\x06 \x01(\tR\amessage\"I\n" +
+	"\amessage\x18\x06 \x01(\tR\amessage\x12\x18\n" +
+	"\areplica\x18\a \x01(\rR\areplica\"I\n" +
 	"\fPlaceCommand\x129\n" +
 	"\tdecisions\x18\x01 \x03(\v2\x1b.wasmatrix.v1.PlaceDecisionR\tdecisions\"q\n" +
 	"\x17AssignCapabilityCommand\x12!\n" +
@@ -2497,11 +2534,12 @@ const file_wasmatrix_v1_command_proto_rawDesc = "" +
 	"providerId\x12 \n" +
 	"\vpermissions\x18\x03 \x03(\tR\vpermissions\"I\n" +
 	"\x17RegisterProviderCommand\x12.\n" +
-	"\x04spec\x18\x01 \x01(\v2\x1a.wasmatrix.v1.ProviderSpecR\x04spec\"V\n" +
+	"\x04spec\x18\x01 \x01(\v2\x1a.wasmatrix.v1.ProviderSpecR\x04spec\"\x87\x01\n" +
 	"\x19SetProviderRunningCommand\x12\x1f\n" +
 	"\vprovider_id\x18\x01 \x01(\tR\n" +
 	"providerId\x12\x18\n" +
-	"\arunning\x18\x02 \x01(\bR\arunning\"G\n" +
+	"\arunning\x18\x02 \x01(\bR\arunning\x12/\n" +
+	"\x05grace\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\x05grace\"G\n" +
 	"\x15UpdateProviderCommand\x12.\n" +
 	"\x04spec\x18\x01 \x01(\v2\x1a.wasmatrix.v1.ProviderSpecR\x04spec\"<\n" +
 	"\x19DeregisterProviderCommand\x12\x1f\n" +
@@ -2601,20 +2639,21 @@ var file_wasmatrix_v1_command_proto_goTypes = []any{
 	(*SnapshotTrailer)(nil),           // 28: wasmatrix.v1.SnapshotTrailer
 	(*timestamppb.Timestamp)(nil),     // 29: google.protobuf.Timestamp
 	(*ReportStatusRequest)(nil),       // 30: wasmatrix.v1.ReportStatusRequest
-	(*AssignmentKey)(nil),             // 31: wasmatrix.v1.AssignmentKey
-	(*durationpb.Duration)(nil),       // 32: google.protobuf.Duration
-	(*NodeInfo)(nil),                  // 33: wasmatrix.v1.NodeInfo
-	(*ProviderSpec)(nil),              // 34: wasmatrix.v1.ProviderSpec
-	(*Peer)(nil),                      // 35: wasmatrix.v1.Peer
-	(*Module)(nil),                    // 36: wasmatrix.v1.Module
-	(*WorkloadSpec)(nil),              // 37: wasmatrix.v1.WorkloadSpec
-	(*CapabilityGrant)(nil),           // 38: wasmatrix.v1.CapabilityGrant
-	(*Error)(nil),                     // 39: wasmatrix.v1.Error
-	(*Node)(nil),                      // 40: wasmatrix.v1.Node
-	(*Instance)(nil),                  // 41: wasmatrix.v1.Instance
-	(*Provider)(nil),                  // 42: wasmatrix.v1.Provider
-	(*CapabilityAssignment)(nil),      // 43: wasmatrix.v1.CapabilityAssignment
-	(*Event)(nil),                     // 44: wasmatrix.v1.Event
+	(*RecordSubscriptionRequest)(nil), // 31: wasmatrix.v1.RecordSubscriptionRequest
+	(*AssignmentKey)(nil),             // 32: wasmatrix.v1.AssignmentKey
+	(*durationpb.Duration)(nil),       // 33: google.protobuf.Duration
+	(*NodeInfo)(nil),                  // 34: wasmatrix.v1.NodeInfo
+	(*ProviderSpec)(nil),              // 35: wasmatrix.v1.ProviderSpec
+	(*Peer)(nil),                      // 36: wasmatrix.v1.Peer
+	(*Module)(nil),                    // 37: wasmatrix.v1.Module
+	(*WorkloadSpec)(nil),              // 38: wasmatrix.v1.WorkloadSpec
+	(*CapabilityGrant)(nil),           // 39: wasmatrix.v1.CapabilityGrant
+	(*Error)(nil),                     // 40: wasmatrix.v1.Error
+	(*Node)(nil),                      // 41: wasmatrix.v1.Node
+	(*Instance)(nil),                  // 42: wasmatrix.v1.Instance
+	(*Provider)(nil),                  // 43: wasmatrix.v1.Provider
+	(*CapabilityAssignment)(nil),      // 44: wasmatrix.v1.CapabilityAssignment
+	(*Event)(nil),                     // 45: wasmatrix.v1.Event
 }
 var file_wasmatrix_v1_command_proto_depIdxs = []int32{
 	29, // 0: wasmatrix.v1.Command.time:type_name -> google.protobuf.Timestamp
@@ -2634,45 +2673,47 @@ var file_wasmatrix_v1_command_proto_depIdxs = []int32{
 	30, // 14: wasmatrix.v1.Command.report_status:type_name -> wasmatrix.v1.ReportStatusRequest
 	17, // 15: wasmatrix.v1.Command.assign_capability:type_name -> wasmatrix.v1.AssignCapabilityCommand
 	18, // 16: wasmatrix.v1.Command.revoke_capability:type_name -> wasmatrix.v1.RevokeCapabilityCommand
-	19, // 17: wasmatrix.v1.Command.register_provider:type_name -> wasmatrix.v1.RegisterProviderCommand
-	20, // 18: wasmatrix.v1.Command.set_provider_running:type_name -> wasmatrix.v1.SetProviderRunningCommand
-	21, // 19: wasmatrix.v1.Command.update_provider:type_name -> wasmatrix.v1.UpdateProviderCommand
-	22, // 20: wasmatrix.v1.Command.deregister_provider:type_name -> wasmatrix.v1.DeregisterProviderCommand
-	3,  // 21: wasmatrix.v1.Command.open_session:type_name -> wasmatrix.v1.OpenSessionCommand
-	4,  // 22: wasmatrix.v1.Command.init_cluster:type_name -> wasmatrix.v1.InitClusterCommand
-	31, // 23: wasmatrix.v1.Precondition.assignment:type_name -> wasmatrix.v1.AssignmentKey
-	32, // 24: wasmatrix.v1.OpenSessionCommand.idle_timeout:type_name -> google.protobuf.Duration
-	33, // 25: wasmatrix.v1.RegisterNodeCommand.info:type_name -> wasmatrix.v1.NodeInfo
-	34, // 26: wasmatrix.v1.RegisterNodeCommand.providers:type_name -> wasmatrix.v1.ProviderSpec
-	35, // 27: wasmatrix.v1.PutPeerCommand.peer:type_name -> wasmatrix.v1.Peer
-	36, // 28: wasmatrix.v1.PutModuleCommand.module:type_name -> wasmatrix.v1.Module
-	37, // 29: wasmatrix.v1.CreateInstancesCommand.spec:type_name -> wasmatrix.v1.WorkloadSpec
-	15, // 30: wasmatrix.v1.PlaceCommand.decisions:type_name -> wasmatrix.v1.PlaceDecision
-	38, // 31: wasmatrix.v1.AssignCapabilityCommand.grant:type_name -> wasmatrix.v1.CapabilityGrant
-	34, // 32: wasmatrix.v1.RegisterProviderCommand.spec:type_name -> wasmatrix.v1.ProviderSpec
-	34, // 33: wasmatrix.v1.UpdateProviderCommand.spec:type_name -> wasmatrix.v1.ProviderSpec
-	39, // 34: wasmatrix.v1.CommandResult.error:type_name -> wasmatrix.v1.Error
-	23, // 35: wasmatrix.v1.DedupRecord.result:type_name -> wasmatrix.v1.CommandResult
-	29, // 36: wasmatrix.v1.DedupRecord.time:type_name -> google.protobuf.Timestamp
-	32, // 37: wasmatrix.v1.ClientSession.idle_timeout:type_name -> google.protobuf.Duration
-	29, // 38: wasmatrix.v1.ClientSession.active_at:type_name -> google.protobuf.Timestamp
-	29, // 39: wasmatrix.v1.SnapshotHeader.time:type_name -> google.protobuf.Timestamp
-	26, // 40: wasmatrix.v1.SnapshotRecord.header:type_name -> wasmatrix.v1.SnapshotHeader
-	40, // 41: wasmatrix.v1.SnapshotRecord.node:type_name -> wasmatrix.v1.Node
-	35, // 42: wasmatrix.v1.SnapshotRecord.peer:type_name -> wasmatrix.v1.Peer
-	36, // 43: wasmatrix.v1.SnapshotRecord.module:type_name -> wasmatrix.v1.Module
-	41, // 44: wasmatrix.v1.SnapshotRecord.instance:type_name -> wasmatrix.v1.Instance
-	42, // 45: wasmatrix.v1.SnapshotRecord.provider:type_name -> wasmatrix.v1.Provider
-	43, // 46: wasmatrix.v1.SnapshotRecord.assignment:type_name -> wasmatrix.v1.CapabilityAssignment
-	44, // 47: wasmatrix.v1.SnapshotRecord.event:type_name -> wasmatrix.v1.Event
-	24, // 48: wasmatrix.v1.SnapshotRecord.dedup:type_name -> wasmatrix.v1.DedupRecord
-	28, // 49: wasmatrix.v1.SnapshotRecord.trailer:type_name -> wasmatrix.v1.SnapshotTrailer
-	25, // 50: wasmatrix.v1.SnapshotRecord.session:type_name -> wasmatrix.v1.ClientSession
-	51, // [51:51] is the sub-list for method output_type
-	51, // [51:51] is the sub-list for method input_type
-	51, // [51:51] is the sub-list for extension type_name
-	51, // [51:51] is the sub-list for extension extendee
-	0,  // [0:51] is the sub-list for field type_name
+	31, // 17: wasmatrix.v1.Command.record_subscription:type_name -> wasmatrix.v1.RecordSubscriptionRequest
+	19, // 18: wasmatrix.v1.Command.register_provider:type_name -> wasmatrix.v1.RegisterProviderCommand
+	20, // 19: wasmatrix.v1.Command.set_provider_running:type_name -> wasmatrix.v1.SetProviderRunningCommand
+	21, // 20: wasmatrix.v1.Command.update_provider:type_name -> wasmatrix.v1.UpdateProviderCommand
+	22, // 21: wasmatrix.v1.Command.deregister_provider:type_name -> wasmatrix.v1.DeregisterProviderCommand
+	3,  // 22: wasmatrix.v1.Command.open_session:type_name -> wasmatrix.v1.OpenSessionCommand
+	4,  // 23: wasmatrix.v1.Command.init_cluster:type_name -> wasmatrix.v1.InitClusterCommand
+	32, // 24: wasmatrix.v1.Precondition.assignment:type_name -> wasmatrix.v1.AssignmentKey
+	33, // 25: wasmatrix.v1.OpenSessionCommand.idle_timeout:type_name -> google.protobuf.Duration
+	34, // 26: wasmatrix.v1.RegisterNodeCommand.info:type_name -> wasmatrix.v1.NodeInfo
+	35, // 27: wasmatrix.v1.RegisterNodeCommand.providers:type_name -> wasmatrix.v1.ProviderSpec
+	36, // 28: wasmatrix.v1.PutPeerCommand.peer:type_name -> wasmatrix.v1.Peer
+	37, // 29: wasmatrix.v1.PutModuleCommand.module:type_name -> wasmatrix.v1.Module
+	38, // 30: wasmatrix.v1.CreateInstancesCommand.spec:type_name -> wasmatrix.v1.WorkloadSpec
+	15, // 31: wasmatrix.v1.PlaceCommand.decisions:type_name -> wasmatrix.v1.PlaceDecision
+	39, // 32: wasmatrix.v1.AssignCapabilityCommand.grant:type_name -> wasmatrix.v1.CapabilityGrant
+	35, // 33: wasmatrix.v1.RegisterProviderCommand.spec:type_name -> wasmatrix.v1.ProviderSpec
+	33, // 34: wasmatrix.v1.SetProviderRunningCommand.grace:type_name -> google.protobuf.Duration
+	35, // 35: wasmatrix.v1.UpdateProviderCommand.spec:type_name -> wasmatrix.v1.ProviderSpec
+	40, // 36: wasmatrix.v1.CommandResult.error:type_name -> wasmatrix.v1.Error
+	23, // 37: wasmatrix.v1.DedupRecord.result:type_name -> wasmatrix.v1.CommandResult
+	29, // 38: wasmatrix.v1.DedupRecord.time:type_name -> google.protobuf.Timestamp
+	33, // 39: wasmatrix.v1.ClientSession.idle_timeout:type_name -> google.protobuf.Duration
+	29, // 40: wasmatrix.v1.ClientSession.active_at:type_name -> google.protobuf.Timestamp
+	29, // 41: wasmatrix.v1.SnapshotHeader.time:type_name -> google.protobuf.Timestamp
+	26, // 42: wasmatrix.v1.SnapshotRecord.header:type_name -> wasmatrix.v1.SnapshotHeader
+	41, // 43: wasmatrix.v1.SnapshotRecord.node:type_name -> wasmatrix.v1.Node
+	36, // 44: wasmatrix.v1.SnapshotRecord.peer:type_name -> wasmatrix.v1.Peer
+	37, // 45: wasmatrix.v1.SnapshotRecord.module:type_name -> wasmatrix.v1.Module
+	42, // 46: wasmatrix.v1.SnapshotRecord.instance:type_name -> wasmatrix.v1.Instance
+	43, // 47: wasmatrix.v1.SnapshotRecord.provider:type_name -> wasmatrix.v1.Provider
+	44, // 48: wasmatrix.v1.SnapshotRecord.assignment:type_name -> wasmatrix.v1.CapabilityAssignment
+	45, // 49: wasmatrix.v1.SnapshotRecord.event:type_name -> wasmatrix.v1.Event
+	24, // 50: wasmatrix.v1.SnapshotRecord.dedup:type_name -> wasmatrix.v1.DedupRecord
+	28, // 51: wasmatrix.v1.SnapshotRecord.trailer:type_name -> wasmatrix.v1.SnapshotTrailer
+	25, // 52: wasmatrix.v1.SnapshotRecord.session:type_name -> wasmatrix.v1.ClientSession
+	53, // [53:53] is the sub-list for method output_type
+	53, // [53:53] is the sub-list for method input_type
+	53, // [53:53] is the sub-list for extension type_name
+	53, // [53:53] is the sub-list for extension extendee
+	0,  // [0:53] is the sub-list for field type_name
 }
 
 func init() { file_wasmatrix_v1_command_proto_init() }
@@ -2702,6 +2743,7 @@ func file_wasmatrix_v1_command_proto_init() {
 		(*Command_ReportStatus)(nil),
 		(*Command_AssignCapability)(nil),
 		(*Command_RevokeCapability)(nil),
+		(*Command_RecordSubscription)(nil),
 		(*Command_RegisterProvider)(nil),
 		(*Command_SetProviderRunning)(nil),
 		(*Command_UpdateProvider)(nil),

@@ -2104,7 +2104,9 @@ type StopProviderRequest struct {
 	// See StartInstanceRequest.
 	RequestId string `protobuf:"bytes,2,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	// Session and precondition of the write.
-	Write         *WriteOptions `protobuf:"bytes,15,opt,name=write,proto3" json:"write,omitempty"`
+	Write *WriteOptions `protobuf:"bytes,15,opt,name=write,proto3" json:"write,omitempty"`
+	// How long calls in flight may take to finish before they are cut off; unset means 10s.
+	Grace         *durationpb.Duration `protobuf:"bytes,3,opt,name=grace,proto3" json:"grace,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2156,6 +2158,13 @@ func (x *StopProviderRequest) GetRequestId() string {
 func (x *StopProviderRequest) GetWrite() *WriteOptions {
 	if x != nil {
 		return x.Write
+	}
+	return nil
+}
+
+func (x *StopProviderRequest) GetGrace() *durationpb.Duration {
+	if x != nil {
+		return x.Grace
 	}
 	return nil
 }
@@ -2507,7 +2516,9 @@ type GetProviderResponse struct {
 	// The assignments that use it.
 	Assignments []*CapabilityAssignment `protobuf:"bytes,2,rep,name=assignments,proto3" json:"assignments,omitempty"`
 	// The Raft index of the answer.
-	Index         uint64 `protobuf:"varint,3,opt,name=index,proto3" json:"index,omitempty"`
+	Index uint64 `protobuf:"varint,3,opt,name=index,proto3" json:"index,omitempty"`
+	// All replicas, in order; the first one is provider.
+	Replicas      []*Provider `protobuf:"bytes,4,rep,name=replicas,proto3" json:"replicas,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2561,6 +2572,13 @@ func (x *GetProviderResponse) GetIndex() uint64 {
 		return x.Index
 	}
 	return 0
+}
+
+func (x *GetProviderResponse) GetReplicas() []*Provider {
+	if x != nil {
+		return x.Replicas
+	}
+	return nil
 }
 
 // ListProvidersRequest asks for the providers.
@@ -2792,6 +2810,116 @@ func (x *CallProviderResponse) GetPayload() []byte {
 	return nil
 }
 
+// SubscribeMessagesRequest asks for the messages of a subject.
+type SubscribeMessagesRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The provider's id.
+	ProviderId string `protobuf:"bytes,1,opt,name=provider_id,json=providerId,proto3" json:"provider_id,omitempty"`
+	// The subject; * stands for one token, > at the end for the rest.
+	Subject       string `protobuf:"bytes,2,opt,name=subject,proto3" json:"subject,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SubscribeMessagesRequest) Reset() {
+	*x = SubscribeMessagesRequest{}
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[44]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SubscribeMessagesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SubscribeMessagesRequest) ProtoMessage() {}
+
+func (x *SubscribeMessagesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[44]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SubscribeMessagesRequest.ProtoReflect.Descriptor instead.
+func (*SubscribeMessagesRequest) Descriptor() ([]byte, []int) {
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{44}
+}
+
+func (x *SubscribeMessagesRequest) GetProviderId() string {
+	if x != nil {
+		return x.ProviderId
+	}
+	return ""
+}
+
+func (x *SubscribeMessagesRequest) GetSubject() string {
+	if x != nil {
+		return x.Subject
+	}
+	return ""
+}
+
+// SubscribeMessagesResponse carries one message.
+type SubscribeMessagesResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The message; unset in the first answer, which says that the subscription stands.
+	Message *Message `protobuf:"bytes,1,opt,name=message,proto3" json:"message,omitempty"`
+	// Messages dropped since the answer before because this stream was too slow.
+	Dropped       uint64 `protobuf:"varint,2,opt,name=dropped,proto3" json:"dropped,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SubscribeMessagesResponse) Reset() {
+	*x = SubscribeMessagesResponse{}
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[45]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SubscribeMessagesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SubscribeMessagesResponse) ProtoMessage() {}
+
+func (x *SubscribeMessagesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[45]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SubscribeMessagesResponse.ProtoReflect.Descriptor instead.
+func (*SubscribeMessagesResponse) Descriptor() ([]byte, []int) {
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{45}
+}
+
+func (x *SubscribeMessagesResponse) GetMessage() *Message {
+	if x != nil {
+		return x.Message
+	}
+	return nil
+}
+
+func (x *SubscribeMessagesResponse) GetDropped() uint64 {
+	if x != nil {
+		return x.Dropped
+	}
+	return 0
+}
+
 // ListNodesRequest asks for the nodes.
 type ListNodesRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -2803,7 +2931,7 @@ type ListNodesRequest struct {
 
 func (x *ListNodesRequest) Reset() {
 	*x = ListNodesRequest{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[44]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2815,7 +2943,7 @@ func (x *ListNodesRequest) String() string {
 func (*ListNodesRequest) ProtoMessage() {}
 
 func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[44]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2828,7 +2956,7 @@ func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesRequest.ProtoReflect.Descriptor instead.
 func (*ListNodesRequest) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{44}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *ListNodesRequest) GetRead() *ReadOptions {
@@ -2853,7 +2981,7 @@ type ListNodesResponse struct {
 
 func (x *ListNodesResponse) Reset() {
 	*x = ListNodesResponse{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[45]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2865,7 +2993,7 @@ func (x *ListNodesResponse) String() string {
 func (*ListNodesResponse) ProtoMessage() {}
 
 func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[45]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2878,7 +3006,7 @@ func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesResponse.ProtoReflect.Descriptor instead.
 func (*ListNodesResponse) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{45}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *ListNodesResponse) GetNodes() []*Node {
@@ -2917,7 +3045,7 @@ type DrainNodeRequest struct {
 
 func (x *DrainNodeRequest) Reset() {
 	*x = DrainNodeRequest{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[46]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2929,7 +3057,7 @@ func (x *DrainNodeRequest) String() string {
 func (*DrainNodeRequest) ProtoMessage() {}
 
 func (x *DrainNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[46]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2942,7 +3070,7 @@ func (x *DrainNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DrainNodeRequest.ProtoReflect.Descriptor instead.
 func (*DrainNodeRequest) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{46}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *DrainNodeRequest) GetNodeId() string {
@@ -2979,7 +3107,7 @@ type DrainNodeResponse struct {
 
 func (x *DrainNodeResponse) Reset() {
 	*x = DrainNodeResponse{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[47]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2991,7 +3119,7 @@ func (x *DrainNodeResponse) String() string {
 func (*DrainNodeResponse) ProtoMessage() {}
 
 func (x *DrainNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[47]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3004,7 +3132,7 @@ func (x *DrainNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DrainNodeResponse.ProtoReflect.Descriptor instead.
 func (*DrainNodeResponse) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{47}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *DrainNodeResponse) GetNode() *Node {
@@ -3036,7 +3164,7 @@ type UndrainNodeRequest struct {
 
 func (x *UndrainNodeRequest) Reset() {
 	*x = UndrainNodeRequest{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[48]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3048,7 +3176,7 @@ func (x *UndrainNodeRequest) String() string {
 func (*UndrainNodeRequest) ProtoMessage() {}
 
 func (x *UndrainNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[48]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3061,7 +3189,7 @@ func (x *UndrainNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UndrainNodeRequest.ProtoReflect.Descriptor instead.
 func (*UndrainNodeRequest) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{48}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *UndrainNodeRequest) GetNodeId() string {
@@ -3098,7 +3226,7 @@ type UndrainNodeResponse struct {
 
 func (x *UndrainNodeResponse) Reset() {
 	*x = UndrainNodeResponse{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[49]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3110,7 +3238,7 @@ func (x *UndrainNodeResponse) String() string {
 func (*UndrainNodeResponse) ProtoMessage() {}
 
 func (x *UndrainNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[49]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3123,7 +3251,7 @@ func (x *UndrainNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UndrainNodeResponse.ProtoReflect.Descriptor instead.
 func (*UndrainNodeResponse) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{49}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *UndrainNodeResponse) GetNode() *Node {
@@ -3157,7 +3285,7 @@ type WatchEventsRequest struct {
 
 func (x *WatchEventsRequest) Reset() {
 	*x = WatchEventsRequest{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[50]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3169,7 +3297,7 @@ func (x *WatchEventsRequest) String() string {
 func (*WatchEventsRequest) ProtoMessage() {}
 
 func (x *WatchEventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[50]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3182,7 +3310,7 @@ func (x *WatchEventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchEventsRequest.ProtoReflect.Descriptor instead.
 func (*WatchEventsRequest) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{50}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *WatchEventsRequest) GetAfterSequence() uint64 {
@@ -3226,7 +3354,7 @@ type WatchEventsResponse struct {
 
 func (x *WatchEventsResponse) Reset() {
 	*x = WatchEventsResponse{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[51]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3238,7 +3366,7 @@ func (x *WatchEventsResponse) String() string {
 func (*WatchEventsResponse) ProtoMessage() {}
 
 func (x *WatchEventsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[51]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3251,7 +3379,7 @@ func (x *WatchEventsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchEventsResponse.ProtoReflect.Descriptor instead.
 func (*WatchEventsResponse) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{51}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *WatchEventsResponse) GetEvent() *Event {
@@ -3285,7 +3413,7 @@ type FollowLogsRequest struct {
 
 func (x *FollowLogsRequest) Reset() {
 	*x = FollowLogsRequest{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[52]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3297,7 +3425,7 @@ func (x *FollowLogsRequest) String() string {
 func (*FollowLogsRequest) ProtoMessage() {}
 
 func (x *FollowLogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[52]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3310,7 +3438,7 @@ func (x *FollowLogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FollowLogsRequest.ProtoReflect.Descriptor instead.
 func (*FollowLogsRequest) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{52}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *FollowLogsRequest) GetTargets() []string {
@@ -3368,7 +3496,7 @@ type LogEntry struct {
 
 func (x *LogEntry) Reset() {
 	*x = LogEntry{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[53]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3380,7 +3508,7 @@ func (x *LogEntry) String() string {
 func (*LogEntry) ProtoMessage() {}
 
 func (x *LogEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[53]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3393,7 +3521,7 @@ func (x *LogEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogEntry.ProtoReflect.Descriptor instead.
 func (*LogEntry) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{53}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *LogEntry) GetTime() *timestamppb.Timestamp {
@@ -3470,7 +3598,7 @@ type FollowLogsResponse struct {
 
 func (x *FollowLogsResponse) Reset() {
 	*x = FollowLogsResponse{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[54]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3482,7 +3610,7 @@ func (x *FollowLogsResponse) String() string {
 func (*FollowLogsResponse) ProtoMessage() {}
 
 func (x *FollowLogsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[54]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3495,7 +3623,7 @@ func (x *FollowLogsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FollowLogsResponse.ProtoReflect.Descriptor instead.
 func (*FollowLogsResponse) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{54}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *FollowLogsResponse) GetEntry() *LogEntry {
@@ -3518,7 +3646,7 @@ type OpenSessionRequest struct {
 
 func (x *OpenSessionRequest) Reset() {
 	*x = OpenSessionRequest{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[55]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3530,7 +3658,7 @@ func (x *OpenSessionRequest) String() string {
 func (*OpenSessionRequest) ProtoMessage() {}
 
 func (x *OpenSessionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[55]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3543,7 +3671,7 @@ func (x *OpenSessionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenSessionRequest.ProtoReflect.Descriptor instead.
 func (*OpenSessionRequest) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{55}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *OpenSessionRequest) GetIdleTimeout() *durationpb.Duration {
@@ -3575,7 +3703,7 @@ type OpenSessionResponse struct {
 
 func (x *OpenSessionResponse) Reset() {
 	*x = OpenSessionResponse{}
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[56]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3587,7 +3715,7 @@ func (x *OpenSessionResponse) String() string {
 func (*OpenSessionResponse) ProtoMessage() {}
 
 func (x *OpenSessionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_control_proto_msgTypes[56]
+	mi := &file_wasmatrix_v1_control_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3600,7 +3728,7 @@ func (x *OpenSessionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenSessionResponse.ProtoReflect.Descriptor instead.
 func (*OpenSessionResponse) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{56}
+	return file_wasmatrix_v1_control_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *OpenSessionResponse) GetSessionId() string {
@@ -3770,13 +3898,15 @@ const file_wasmatrix_v1_control_proto_rawDesc = "" +
 	"\x05write\x18\x0f \x01(\v2\x1a.wasmatrix.v1.WriteOptionsR\x05write\"a\n" +
 	"\x15StartProviderResponse\x122\n" +
 	"\bprovider\x18\x01 \x01(\v2\x16.wasmatrix.v1.ProviderR\bprovider\x12\x14\n" +
-	"\x05index\x18\x02 \x01(\x04R\x05index\"\x9b\x01\n" +
+	"\x05index\x18\x02 \x01(\x04R\x05index\"\xdb\x01\n" +
 	"\x13StopProviderRequest\x12*\n" +
 	"\vprovider_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18?R\n" +
 	"providerId\x12&\n" +
 	"\n" +
 	"request_id\x18\x02 \x01(\tB\a\xbaH\x04r\x02\x18@R\trequestId\x120\n" +
-	"\x05write\x18\x0f \x01(\v2\x1a.wasmatrix.v1.WriteOptionsR\x05write\"`\n" +
+	"\x05write\x18\x0f \x01(\v2\x1a.wasmatrix.v1.WriteOptionsR\x05write\x12>\n" +
+	"\x05grace\x18\x03 \x01(\v2\x19.google.protobuf.DurationB\r\xbaH\n" +
+	"\xaa\x01\a\"\x03\b\x90\x1c2\x00R\x05grace\"`\n" +
 	"\x14StopProviderResponse\x122\n" +
 	"\bprovider\x18\x01 \x01(\v2\x16.wasmatrix.v1.ProviderR\bprovider\x12\x14\n" +
 	"\x05index\x18\x02 \x01(\x04R\x05index\"\xa9\x01\n" +
@@ -3799,11 +3929,12 @@ const file_wasmatrix_v1_control_proto_rawDesc = "" +
 	"\x12GetProviderRequest\x12*\n" +
 	"\vprovider_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18?R\n" +
 	"providerId\x12-\n" +
-	"\x04read\x18\x02 \x01(\v2\x19.wasmatrix.v1.ReadOptionsR\x04read\"\xa5\x01\n" +
+	"\x04read\x18\x02 \x01(\v2\x19.wasmatrix.v1.ReadOptionsR\x04read\"\xd9\x01\n" +
 	"\x13GetProviderResponse\x122\n" +
 	"\bprovider\x18\x01 \x01(\v2\x16.wasmatrix.v1.ProviderR\bprovider\x12D\n" +
 	"\vassignments\x18\x02 \x03(\v2\".wasmatrix.v1.CapabilityAssignmentR\vassignments\x12\x14\n" +
-	"\x05index\x18\x03 \x01(\x04R\x05index\"E\n" +
+	"\x05index\x18\x03 \x01(\x04R\x05index\x122\n" +
+	"\breplicas\x18\x04 \x03(\v2\x16.wasmatrix.v1.ProviderR\breplicas\"E\n" +
 	"\x14ListProvidersRequest\x12-\n" +
 	"\x04read\x18\x01 \x01(\v2\x19.wasmatrix.v1.ReadOptionsR\x04read\"c\n" +
 	"\x15ListProvidersResponse\x124\n" +
@@ -3820,7 +3951,15 @@ const file_wasmatrix_v1_control_proto_rawDesc = "" +
 	"\xbaH\az\x05\x18\x80\x80\x80\x02R\apayload\x12 \n" +
 	"\x06bucket\x18\x05 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x01R\x06bucket\"0\n" +
 	"\x14CallProviderResponse\x12\x18\n" +
-	"\apayload\x18\x01 \x01(\fR\apayload\"A\n" +
+	"\apayload\x18\x01 \x01(\fR\apayload\"l\n" +
+	"\x18SubscribeMessagesRequest\x12*\n" +
+	"\vprovider_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18?R\n" +
+	"providerId\x12$\n" +
+	"\asubject\x18\x02 \x01(\tB\n" +
+	"\xbaH\ar\x05\x10\x01\x18\xff\x01R\asubject\"f\n" +
+	"\x19SubscribeMessagesResponse\x12/\n" +
+	"\amessage\x18\x01 \x01(\v2\x15.wasmatrix.v1.MessageR\amessage\x12\x18\n" +
+	"\adropped\x18\x02 \x01(\x04R\adropped\"A\n" +
 	"\x10ListNodesRequest\x12-\n" +
 	"\x04read\x18\x01 \x01(\v2\x19.wasmatrix.v1.ReadOptionsR\x04read\"\xf4\x01\n" +
 	"\x11ListNodesResponse\x12(\n" +
@@ -3893,7 +4032,7 @@ const file_wasmatrix_v1_control_proto_rawDesc = "" +
 	"\x11LOG_STREAM_STDOUT\x10\x01\x12\x15\n" +
 	"\x11LOG_STREAM_STDERR\x10\x02\x12\x12\n" +
 	"\x0eLOG_STREAM_LOG\x10\x03\x12\x15\n" +
-	"\x11LOG_STREAM_SYSTEM\x10\x042\xd9\x12\n" +
+	"\x11LOG_STREAM_SYSTEM\x10\x042\xc1\x13\n" +
 	"\x13ControlPlaneService\x12X\n" +
 	"\rStartInstance\x12\".wasmatrix.v1.StartInstanceRequest\x1a#.wasmatrix.v1.StartInstanceResponse\x12U\n" +
 	"\fStopInstance\x12!.wasmatrix.v1.StopInstanceRequest\x1a\".wasmatrix.v1.StopInstanceResponse\x12^\n" +
@@ -3914,7 +4053,8 @@ const file_wasmatrix_v1_control_proto_rawDesc = "" +
 	"\x12DeregisterProvider\x12'.wasmatrix.v1.DeregisterProviderRequest\x1a(.wasmatrix.v1.DeregisterProviderResponse\x12R\n" +
 	"\vGetProvider\x12 .wasmatrix.v1.GetProviderRequest\x1a!.wasmatrix.v1.GetProviderResponse\x12X\n" +
 	"\rListProviders\x12\".wasmatrix.v1.ListProvidersRequest\x1a#.wasmatrix.v1.ListProvidersResponse\x12U\n" +
-	"\fCallProvider\x12!.wasmatrix.v1.CallProviderRequest\x1a\".wasmatrix.v1.CallProviderResponse\x12L\n" +
+	"\fCallProvider\x12!.wasmatrix.v1.CallProviderRequest\x1a\".wasmatrix.v1.CallProviderResponse\x12f\n" +
+	"\x11SubscribeMessages\x12&.wasmatrix.v1.SubscribeMessagesRequest\x1a'.wasmatrix.v1.SubscribeMessagesResponse0\x01\x12L\n" +
 	"\tListNodes\x12\x1e.wasmatrix.v1.ListNodesRequest\x1a\x1f.wasmatrix.v1.ListNodesResponse\x12L\n" +
 	"\tDrainNode\x12\x1e.wasmatrix.v1.DrainNodeRequest\x1a\x1f.wasmatrix.v1.DrainNodeResponse\x12R\n" +
 	"\vUndrainNode\x12 .wasmatrix.v1.UndrainNodeRequest\x1a!.wasmatrix.v1.UndrainNodeResponse\x12T\n" +
@@ -3937,7 +4077,7 @@ func file_wasmatrix_v1_control_proto_rawDescGZIP() []byte {
 }
 
 var file_wasmatrix_v1_control_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_wasmatrix_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 59)
+var file_wasmatrix_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 61)
 var file_wasmatrix_v1_control_proto_goTypes = []any{
 	(LogStream)(0),                     // 0: wasmatrix.v1.LogStream
 	(*ReadOptions)(nil),                // 1: wasmatrix.v1.ReadOptions
@@ -3984,158 +4124,166 @@ var file_wasmatrix_v1_control_proto_goTypes = []any{
 	(*ListProvidersResponse)(nil),      // 42: wasmatrix.v1.ListProvidersResponse
 	(*CallProviderRequest)(nil),        // 43: wasmatrix.v1.CallProviderRequest
 	(*CallProviderResponse)(nil),       // 44: wasmatrix.v1.CallProviderResponse
-	(*ListNodesRequest)(nil),           // 45: wasmatrix.v1.ListNodesRequest
-	(*ListNodesResponse)(nil),          // 46: wasmatrix.v1.ListNodesResponse
-	(*DrainNodeRequest)(nil),           // 47: wasmatrix.v1.DrainNodeRequest
-	(*DrainNodeResponse)(nil),          // 48: wasmatrix.v1.DrainNodeResponse
-	(*UndrainNodeRequest)(nil),         // 49: wasmatrix.v1.UndrainNodeRequest
-	(*UndrainNodeResponse)(nil),        // 50: wasmatrix.v1.UndrainNodeResponse
-	(*WatchEventsRequest)(nil),         // 51: wasmatrix.v1.WatchEventsRequest
-	(*WatchEventsResponse)(nil),        // 52: wasmatrix.v1.WatchEventsResponse
-	(*FollowLogsRequest)(nil),          // 53: wasmatrix.v1.FollowLogsRequest
-	(*LogEntry)(nil),                   // 54: wasmatrix.v1.LogEntry
-	(*FollowLogsResponse)(nil),         // 55: wasmatrix.v1.FollowLogsResponse
-	(*OpenSessionRequest)(nil),         // 56: wasmatrix.v1.OpenSessionRequest
-	(*OpenSessionResponse)(nil),        // 57: wasmatrix.v1.OpenSessionResponse
-	nil,                                // 58: wasmatrix.v1.ListNodesResponse.InstanceCountsEntry
-	nil,                                // 59: wasmatrix.v1.LogEntry.AttributesEntry
-	(*WorkloadSpec)(nil),               // 60: wasmatrix.v1.WorkloadSpec
-	(*Instance)(nil),                   // 61: wasmatrix.v1.Instance
-	(*CapabilityAssignment)(nil),       // 62: wasmatrix.v1.CapabilityAssignment
-	(InstanceState)(0),                 // 63: wasmatrix.v1.InstanceState
-	(*CapabilityGrant)(nil),            // 64: wasmatrix.v1.CapabilityGrant
-	(*Module)(nil),                     // 65: wasmatrix.v1.Module
-	(*ProviderSpec)(nil),               // 66: wasmatrix.v1.ProviderSpec
-	(*Provider)(nil),                   // 67: wasmatrix.v1.Provider
-	(*Node)(nil),                       // 68: wasmatrix.v1.Node
-	(EventKind)(0),                     // 69: wasmatrix.v1.EventKind
-	(*Event)(nil),                      // 70: wasmatrix.v1.Event
-	(*durationpb.Duration)(nil),        // 71: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),      // 72: google.protobuf.Timestamp
-	(LogLevel)(0),                      // 73: wasmatrix.v1.LogLevel
-	(*InvokeRequest)(nil),              // 74: wasmatrix.v1.InvokeRequest
-	(*InvokeResponse)(nil),             // 75: wasmatrix.v1.InvokeResponse
+	(*SubscribeMessagesRequest)(nil),   // 45: wasmatrix.v1.SubscribeMessagesRequest
+	(*SubscribeMessagesResponse)(nil),  // 46: wasmatrix.v1.SubscribeMessagesResponse
+	(*ListNodesRequest)(nil),           // 47: wasmatrix.v1.ListNodesRequest
+	(*ListNodesResponse)(nil),          // 48: wasmatrix.v1.ListNodesResponse
+	(*DrainNodeRequest)(nil),           // 49: wasmatrix.v1.DrainNodeRequest
+	(*DrainNodeResponse)(nil),          // 50: wasmatrix.v1.DrainNodeResponse
+	(*UndrainNodeRequest)(nil),         // 51: wasmatrix.v1.UndrainNodeRequest
+	(*UndrainNodeResponse)(nil),        // 52: wasmatrix.v1.UndrainNodeResponse
+	(*WatchEventsRequest)(nil),         // 53: wasmatrix.v1.WatchEventsRequest
+	(*WatchEventsResponse)(nil),        // 54: wasmatrix.v1.WatchEventsResponse
+	(*FollowLogsRequest)(nil),          // 55: wasmatrix.v1.FollowLogsRequest
+	(*LogEntry)(nil),                   // 56: wasmatrix.v1.LogEntry
+	(*FollowLogsResponse)(nil),         // 57: wasmatrix.v1.FollowLogsResponse
+	(*OpenSessionRequest)(nil),         // 58: wasmatrix.v1.OpenSessionRequest
+	(*OpenSessionResponse)(nil),        // 59: wasmatrix.v1.OpenSessionResponse
+	nil,                                // 60: wasmatrix.v1.ListNodesResponse.InstanceCountsEntry
+	nil,                                // 61: wasmatrix.v1.LogEntry.AttributesEntry
+	(*WorkloadSpec)(nil),               // 62: wasmatrix.v1.WorkloadSpec
+	(*Instance)(nil),                   // 63: wasmatrix.v1.Instance
+	(*CapabilityAssignment)(nil),       // 64: wasmatrix.v1.CapabilityAssignment
+	(InstanceState)(0),                 // 65: wasmatrix.v1.InstanceState
+	(*CapabilityGrant)(nil),            // 66: wasmatrix.v1.CapabilityGrant
+	(*Module)(nil),                     // 67: wasmatrix.v1.Module
+	(*ProviderSpec)(nil),               // 68: wasmatrix.v1.ProviderSpec
+	(*Provider)(nil),                   // 69: wasmatrix.v1.Provider
+	(*durationpb.Duration)(nil),        // 70: google.protobuf.Duration
+	(*Message)(nil),                    // 71: wasmatrix.v1.Message
+	(*Node)(nil),                       // 72: wasmatrix.v1.Node
+	(EventKind)(0),                     // 73: wasmatrix.v1.EventKind
+	(*Event)(nil),                      // 74: wasmatrix.v1.Event
+	(*timestamppb.Timestamp)(nil),      // 75: google.protobuf.Timestamp
+	(LogLevel)(0),                      // 76: wasmatrix.v1.LogLevel
+	(*InvokeRequest)(nil),              // 77: wasmatrix.v1.InvokeRequest
+	(*InvokeResponse)(nil),             // 78: wasmatrix.v1.InvokeResponse
 }
 var file_wasmatrix_v1_control_proto_depIdxs = []int32{
-	60, // 0: wasmatrix.v1.StartInstanceRequest.spec:type_name -> wasmatrix.v1.WorkloadSpec
+	62, // 0: wasmatrix.v1.StartInstanceRequest.spec:type_name -> wasmatrix.v1.WorkloadSpec
 	2,  // 1: wasmatrix.v1.StartInstanceRequest.write:type_name -> wasmatrix.v1.WriteOptions
-	61, // 2: wasmatrix.v1.StartInstanceResponse.instances:type_name -> wasmatrix.v1.Instance
+	63, // 2: wasmatrix.v1.StartInstanceResponse.instances:type_name -> wasmatrix.v1.Instance
 	2,  // 3: wasmatrix.v1.StopInstanceRequest.write:type_name -> wasmatrix.v1.WriteOptions
-	61, // 4: wasmatrix.v1.StopInstanceResponse.instances:type_name -> wasmatrix.v1.Instance
+	63, // 4: wasmatrix.v1.StopInstanceResponse.instances:type_name -> wasmatrix.v1.Instance
 	2,  // 5: wasmatrix.v1.RestartInstanceRequest.write:type_name -> wasmatrix.v1.WriteOptions
-	61, // 6: wasmatrix.v1.RestartInstanceResponse.instances:type_name -> wasmatrix.v1.Instance
+	63, // 6: wasmatrix.v1.RestartInstanceResponse.instances:type_name -> wasmatrix.v1.Instance
 	2,  // 7: wasmatrix.v1.RemoveInstanceRequest.write:type_name -> wasmatrix.v1.WriteOptions
 	1,  // 8: wasmatrix.v1.QueryInstanceRequest.read:type_name -> wasmatrix.v1.ReadOptions
-	61, // 9: wasmatrix.v1.QueryInstanceResponse.instance:type_name -> wasmatrix.v1.Instance
-	62, // 10: wasmatrix.v1.QueryInstanceResponse.assignments:type_name -> wasmatrix.v1.CapabilityAssignment
-	63, // 11: wasmatrix.v1.ListInstancesRequest.states:type_name -> wasmatrix.v1.InstanceState
+	63, // 9: wasmatrix.v1.QueryInstanceResponse.instance:type_name -> wasmatrix.v1.Instance
+	64, // 10: wasmatrix.v1.QueryInstanceResponse.assignments:type_name -> wasmatrix.v1.CapabilityAssignment
+	65, // 11: wasmatrix.v1.ListInstancesRequest.states:type_name -> wasmatrix.v1.InstanceState
 	1,  // 12: wasmatrix.v1.ListInstancesRequest.read:type_name -> wasmatrix.v1.ReadOptions
-	61, // 13: wasmatrix.v1.ListInstancesResponse.instances:type_name -> wasmatrix.v1.Instance
+	63, // 13: wasmatrix.v1.ListInstancesResponse.instances:type_name -> wasmatrix.v1.Instance
 	1,  // 14: wasmatrix.v1.ExplainRequest.read:type_name -> wasmatrix.v1.ReadOptions
-	61, // 15: wasmatrix.v1.ExplainResponse.instance:type_name -> wasmatrix.v1.Instance
+	63, // 15: wasmatrix.v1.ExplainResponse.instance:type_name -> wasmatrix.v1.Instance
 	16, // 16: wasmatrix.v1.ExplainResponse.nodes:type_name -> wasmatrix.v1.NodeVerdict
-	64, // 17: wasmatrix.v1.AssignCapabilityRequest.grant:type_name -> wasmatrix.v1.CapabilityGrant
+	66, // 17: wasmatrix.v1.AssignCapabilityRequest.grant:type_name -> wasmatrix.v1.CapabilityGrant
 	2,  // 18: wasmatrix.v1.AssignCapabilityRequest.write:type_name -> wasmatrix.v1.WriteOptions
-	62, // 19: wasmatrix.v1.AssignCapabilityResponse.assignments:type_name -> wasmatrix.v1.CapabilityAssignment
+	64, // 19: wasmatrix.v1.AssignCapabilityResponse.assignments:type_name -> wasmatrix.v1.CapabilityAssignment
 	2,  // 20: wasmatrix.v1.RevokeCapabilityRequest.write:type_name -> wasmatrix.v1.WriteOptions
-	62, // 21: wasmatrix.v1.RevokeCapabilityResponse.assignments:type_name -> wasmatrix.v1.CapabilityAssignment
+	64, // 21: wasmatrix.v1.RevokeCapabilityResponse.assignments:type_name -> wasmatrix.v1.CapabilityAssignment
 	2,  // 22: wasmatrix.v1.UploadModuleHeader.write:type_name -> wasmatrix.v1.WriteOptions
 	22, // 23: wasmatrix.v1.UploadModuleRequest.header:type_name -> wasmatrix.v1.UploadModuleHeader
-	65, // 24: wasmatrix.v1.UploadModuleResponse.module:type_name -> wasmatrix.v1.Module
+	67, // 24: wasmatrix.v1.UploadModuleResponse.module:type_name -> wasmatrix.v1.Module
 	1,  // 25: wasmatrix.v1.ListModulesRequest.read:type_name -> wasmatrix.v1.ReadOptions
-	65, // 26: wasmatrix.v1.ListModulesResponse.modules:type_name -> wasmatrix.v1.Module
-	66, // 27: wasmatrix.v1.RegisterProviderRequest.spec:type_name -> wasmatrix.v1.ProviderSpec
+	67, // 26: wasmatrix.v1.ListModulesResponse.modules:type_name -> wasmatrix.v1.Module
+	68, // 27: wasmatrix.v1.RegisterProviderRequest.spec:type_name -> wasmatrix.v1.ProviderSpec
 	2,  // 28: wasmatrix.v1.RegisterProviderRequest.write:type_name -> wasmatrix.v1.WriteOptions
-	67, // 29: wasmatrix.v1.RegisterProviderResponse.provider:type_name -> wasmatrix.v1.Provider
+	69, // 29: wasmatrix.v1.RegisterProviderResponse.provider:type_name -> wasmatrix.v1.Provider
 	2,  // 30: wasmatrix.v1.StartProviderRequest.write:type_name -> wasmatrix.v1.WriteOptions
-	67, // 31: wasmatrix.v1.StartProviderResponse.provider:type_name -> wasmatrix.v1.Provider
+	69, // 31: wasmatrix.v1.StartProviderResponse.provider:type_name -> wasmatrix.v1.Provider
 	2,  // 32: wasmatrix.v1.StopProviderRequest.write:type_name -> wasmatrix.v1.WriteOptions
-	67, // 33: wasmatrix.v1.StopProviderResponse.provider:type_name -> wasmatrix.v1.Provider
-	66, // 34: wasmatrix.v1.UpdateProviderRequest.spec:type_name -> wasmatrix.v1.ProviderSpec
-	2,  // 35: wasmatrix.v1.UpdateProviderRequest.write:type_name -> wasmatrix.v1.WriteOptions
-	67, // 36: wasmatrix.v1.UpdateProviderResponse.provider:type_name -> wasmatrix.v1.Provider
-	2,  // 37: wasmatrix.v1.DeregisterProviderRequest.write:type_name -> wasmatrix.v1.WriteOptions
-	1,  // 38: wasmatrix.v1.GetProviderRequest.read:type_name -> wasmatrix.v1.ReadOptions
-	67, // 39: wasmatrix.v1.GetProviderResponse.provider:type_name -> wasmatrix.v1.Provider
-	62, // 40: wasmatrix.v1.GetProviderResponse.assignments:type_name -> wasmatrix.v1.CapabilityAssignment
-	1,  // 41: wasmatrix.v1.ListProvidersRequest.read:type_name -> wasmatrix.v1.ReadOptions
-	67, // 42: wasmatrix.v1.ListProvidersResponse.providers:type_name -> wasmatrix.v1.Provider
-	1,  // 43: wasmatrix.v1.ListNodesRequest.read:type_name -> wasmatrix.v1.ReadOptions
-	68, // 44: wasmatrix.v1.ListNodesResponse.nodes:type_name -> wasmatrix.v1.Node
-	58, // 45: wasmatrix.v1.ListNodesResponse.instance_counts:type_name -> wasmatrix.v1.ListNodesResponse.InstanceCountsEntry
-	2,  // 46: wasmatrix.v1.DrainNodeRequest.write:type_name -> wasmatrix.v1.WriteOptions
-	68, // 47: wasmatrix.v1.DrainNodeResponse.node:type_name -> wasmatrix.v1.Node
-	2,  // 48: wasmatrix.v1.UndrainNodeRequest.write:type_name -> wasmatrix.v1.WriteOptions
-	68, // 49: wasmatrix.v1.UndrainNodeResponse.node:type_name -> wasmatrix.v1.Node
-	69, // 50: wasmatrix.v1.WatchEventsRequest.kinds:type_name -> wasmatrix.v1.EventKind
-	70, // 51: wasmatrix.v1.WatchEventsResponse.event:type_name -> wasmatrix.v1.Event
-	71, // 52: wasmatrix.v1.FollowLogsRequest.since:type_name -> google.protobuf.Duration
-	72, // 53: wasmatrix.v1.LogEntry.time:type_name -> google.protobuf.Timestamp
-	0,  // 54: wasmatrix.v1.LogEntry.stream:type_name -> wasmatrix.v1.LogStream
-	73, // 55: wasmatrix.v1.LogEntry.level:type_name -> wasmatrix.v1.LogLevel
-	59, // 56: wasmatrix.v1.LogEntry.attributes:type_name -> wasmatrix.v1.LogEntry.AttributesEntry
-	54, // 57: wasmatrix.v1.FollowLogsResponse.entry:type_name -> wasmatrix.v1.LogEntry
-	71, // 58: wasmatrix.v1.OpenSessionRequest.idle_timeout:type_name -> google.protobuf.Duration
-	71, // 59: wasmatrix.v1.OpenSessionResponse.idle_timeout:type_name -> google.protobuf.Duration
-	3,  // 60: wasmatrix.v1.ControlPlaneService.StartInstance:input_type -> wasmatrix.v1.StartInstanceRequest
-	5,  // 61: wasmatrix.v1.ControlPlaneService.StopInstance:input_type -> wasmatrix.v1.StopInstanceRequest
-	7,  // 62: wasmatrix.v1.ControlPlaneService.RestartInstance:input_type -> wasmatrix.v1.RestartInstanceRequest
-	9,  // 63: wasmatrix.v1.ControlPlaneService.RemoveInstance:input_type -> wasmatrix.v1.RemoveInstanceRequest
-	11, // 64: wasmatrix.v1.ControlPlaneService.QueryInstance:input_type -> wasmatrix.v1.QueryInstanceRequest
-	13, // 65: wasmatrix.v1.ControlPlaneService.ListInstances:input_type -> wasmatrix.v1.ListInstancesRequest
-	15, // 66: wasmatrix.v1.ControlPlaneService.Explain:input_type -> wasmatrix.v1.ExplainRequest
-	18, // 67: wasmatrix.v1.ControlPlaneService.AssignCapability:input_type -> wasmatrix.v1.AssignCapabilityRequest
-	20, // 68: wasmatrix.v1.ControlPlaneService.RevokeCapability:input_type -> wasmatrix.v1.RevokeCapabilityRequest
-	23, // 69: wasmatrix.v1.ControlPlaneService.UploadModule:input_type -> wasmatrix.v1.UploadModuleRequest
-	25, // 70: wasmatrix.v1.ControlPlaneService.FetchModule:input_type -> wasmatrix.v1.FetchModuleRequest
-	27, // 71: wasmatrix.v1.ControlPlaneService.ListModules:input_type -> wasmatrix.v1.ListModulesRequest
-	29, // 72: wasmatrix.v1.ControlPlaneService.RegisterProvider:input_type -> wasmatrix.v1.RegisterProviderRequest
-	31, // 73: wasmatrix.v1.ControlPlaneService.StartProvider:input_type -> wasmatrix.v1.StartProviderRequest
-	33, // 74: wasmatrix.v1.ControlPlaneService.StopProvider:input_type -> wasmatrix.v1.StopProviderRequest
-	35, // 75: wasmatrix.v1.ControlPlaneService.UpdateProvider:input_type -> wasmatrix.v1.UpdateProviderRequest
-	37, // 76: wasmatrix.v1.ControlPlaneService.DeregisterProvider:input_type -> wasmatrix.v1.DeregisterProviderRequest
-	39, // 77: wasmatrix.v1.ControlPlaneService.GetProvider:input_type -> wasmatrix.v1.GetProviderRequest
-	41, // 78: wasmatrix.v1.ControlPlaneService.ListProviders:input_type -> wasmatrix.v1.ListProvidersRequest
-	43, // 79: wasmatrix.v1.ControlPlaneService.CallProvider:input_type -> wasmatrix.v1.CallProviderRequest
-	45, // 80: wasmatrix.v1.ControlPlaneService.ListNodes:input_type -> wasmatrix.v1.ListNodesRequest
-	47, // 81: wasmatrix.v1.ControlPlaneService.DrainNode:input_type -> wasmatrix.v1.DrainNodeRequest
-	49, // 82: wasmatrix.v1.ControlPlaneService.UndrainNode:input_type -> wasmatrix.v1.UndrainNodeRequest
-	51, // 83: wasmatrix.v1.ControlPlaneService.WatchEvents:input_type -> wasmatrix.v1.WatchEventsRequest
-	74, // 84: wasmatrix.v1.ControlPlaneService.Invoke:input_type -> wasmatrix.v1.InvokeRequest
-	53, // 85: wasmatrix.v1.ControlPlaneService.FollowLogs:input_type -> wasmatrix.v1.FollowLogsRequest
-	56, // 86: wasmatrix.v1.ControlPlaneService.OpenSession:input_type -> wasmatrix.v1.OpenSessionRequest
-	4,  // 87: wasmatrix.v1.ControlPlaneService.StartInstance:output_type -> wasmatrix.v1.StartInstanceResponse
-	6,  // 88: wasmatrix.v1.ControlPlaneService.StopInstance:output_type -> wasmatrix.v1.StopInstanceResponse
-	8,  // 89: wasmatrix.v1.ControlPlaneService.RestartInstance:output_type -> wasmatrix.v1.RestartInstanceResponse
-	10, // 90: wasmatrix.v1.ControlPlaneService.RemoveInstance:output_type -> wasmatrix.v1.RemoveInstanceResponse
-	12, // 91: wasmatrix.v1.ControlPlaneService.QueryInstance:output_type -> wasmatrix.v1.QueryInstanceResponse
-	14, // 92: wasmatrix.v1.ControlPlaneService.ListInstances:output_type -> wasmatrix.v1.ListInstancesResponse
-	17, // 93: wasmatrix.v1.ControlPlaneService.Explain:output_type -> wasmatrix.v1.ExplainResponse
-	19, // 94: wasmatrix.v1.ControlPlaneService.AssignCapability:output_type -> wasmatrix.v1.AssignCapabilityResponse
-	21, // 95: wasmatrix.v1.ControlPlaneService.RevokeCapability:output_type -> wasmatrix.v1.RevokeCapabilityResponse
-	24, // 96: wasmatrix.v1.ControlPlaneService.UploadModule:output_type -> wasmatrix.v1.UploadModuleResponse
-	26, // 97: wasmatrix.v1.ControlPlaneService.FetchModule:output_type -> wasmatrix.v1.FetchModuleResponse
-	28, // 98: wasmatrix.v1.ControlPlaneService.ListModules:output_type -> wasmatrix.v1.ListModulesResponse
-	30, // 99: wasmatrix.v1.ControlPlaneService.RegisterProvider:output_type -> wasmatrix.v1.RegisterProviderResponse
-	32, // 100: wasmatrix.v1.ControlPlaneService.StartProvider:output_type -> wasmatrix.v1.StartProviderResponse
-	34, // 101: wasmatrix.v1.ControlPlaneService.StopProvider:output_type -> wasmatrix.v1.StopProviderResponse
-	36, // 102: wasmatrix.v1.ControlPlaneService.UpdateProvider:output_type -> wasmatrix.v1.UpdateProviderResponse
-	38, // 103: wasmatrix.v1.ControlPlaneService.DeregisterProvider:output_type -> wasmatrix.v1.DeregisterProviderResponse
-	40, // 104: wasmatrix.v1.ControlPlaneService.GetProvider:output_type -> wasmatrix.v1.GetProviderResponse
-	42, // 105: wasmatrix.v1.ControlPlaneService.ListProviders:output_type -> wasmatrix.v1.ListProvidersResponse
-	44, // 106: wasmatrix.v1.ControlPlaneService.CallProvider:output_type -> wasmatrix.v1.CallProviderResponse
-	46, // 107: wasmatrix.v1.ControlPlaneService.ListNodes:output_type -> wasmatrix.v1.ListNodesResponse
-	48, // 108: wasmatrix.v1.ControlPlaneService.DrainNode:output_type -> wasmatrix.v1.DrainNodeResponse
-	50, // 109: wasmatrix.v1.ControlPlaneService.UndrainNode:output_type -> wasmatrix.v1.UndrainNodeResponse
-	52, // 110: wasmatrix.v1.ControlPlaneService.WatchEvents:output_type -> wasmatrix.v1.WatchEventsResponse
-	75, // 111: wasmatrix.v1.ControlPlaneService.Invoke:output_type -> wasmatrix.v1.InvokeResponse
-	55, // 112: wasmatrix.v1.ControlPlaneService.FollowLogs:output_type -> wasmatrix.v1.FollowLogsResponse
-	57, // 113: wasmatrix.v1.ControlPlaneService.OpenSession:output_type -> wasmatrix.v1.OpenSessionResponse
-	87, // [87:114] is the sub-list for method output_type
-	60, // [60:87] is the sub-list for method input_type
-	60, // [60:60] is the sub-list for extension type_name
-	60, // [60:60] is the sub-list for extension extendee
-	0,  // [0:60] is the sub-list for field type_name
+	70, // 33: wasmatrix.v1.StopProviderRequest.grace:type_name -> google.protobuf.Duration
+	69, // 34: wasmatrix.v1.StopProviderResponse.provider:type_name -> wasmatrix.v1.Provider
+	68, // 35: wasmatrix.v1.UpdateProviderRequest.spec:type_name -> wasmatrix.v1.ProviderSpec
+	2,  // 36: wasmatrix.v1.UpdateProviderRequest.write:type_name -> wasmatrix.v1.WriteOptions
+	69, // 37: wasmatrix.v1.UpdateProviderResponse.provider:type_name -> wasmatrix.v1.Provider
+	2,  // 38: wasmatrix.v1.DeregisterProviderRequest.write:type_name -> wasmatrix.v1.WriteOptions
+	1,  // 39: wasmatrix.v1.GetProviderRequest.read:type_name -> wasmatrix.v1.ReadOptions
+	69, // 40: wasmatrix.v1.GetProviderResponse.provider:type_name -> wasmatrix.v1.Provider
+	64, // 41: wasmatrix.v1.GetProviderResponse.assignments:type_name -> wasmatrix.v1.CapabilityAssignment
+	69, // 42: wasmatrix.v1.GetProviderResponse.replicas:type_name -> wasmatrix.v1.Provider
+	1,  // 43: wasmatrix.v1.ListProvidersRequest.read:type_name -> wasmatrix.v1.ReadOptions
+	69, // 44: wasmatrix.v1.ListProvidersResponse.providers:type_name -> wasmatrix.v1.Provider
+	71, // 45: wasmatrix.v1.SubscribeMessagesResponse.message:type_name -> wasmatrix.v1.Message
+	1,  // 46: wasmatrix.v1.ListNodesRequest.read:type_name -> wasmatrix.v1.ReadOptions
+	72, // 47: wasmatrix.v1.ListNodesResponse.nodes:type_name -> wasmatrix.v1.Node
+	60, // 48: wasmatrix.v1.ListNodesResponse.instance_counts:type_name -> wasmatrix.v1.ListNodesResponse.InstanceCountsEntry
+	2,  // 49: wasmatrix.v1.DrainNodeRequest.write:type_name -> wasmatrix.v1.WriteOptions
+	72, // 50: wasmatrix.v1.DrainNodeResponse.node:type_name -> wasmatrix.v1.Node
+	2,  // 51: wasmatrix.v1.UndrainNodeRequest.write:type_name -> wasmatrix.v1.WriteOptions
+	72, // 52: wasmatrix.v1.UndrainNodeResponse.node:type_name -> wasmatrix.v1.Node
+	73, // 53: wasmatrix.v1.WatchEventsRequest.kinds:type_name -> wasmatrix.v1.EventKind
+	74, // 54: wasmatrix.v1.WatchEventsResponse.event:type_name -> wasmatrix.v1.Event
+	70, // 55: wasmatrix.v1.FollowLogsRequest.since:type_name -> google.protobuf.Duration
+	75, // 56: wasmatrix.v1.LogEntry.time:type_name -> google.protobuf.Timestamp
+	0,  // 57: wasmatrix.v1.LogEntry.stream:type_name -> wasmatrix.v1.LogStream
+	76, // 58: wasmatrix.v1.LogEntry.level:type_name -> wasmatrix.v1.LogLevel
+	61, // 59: wasmatrix.v1.LogEntry.attributes:type_name -> wasmatrix.v1.LogEntry.AttributesEntry
+	56, // 60: wasmatrix.v1.FollowLogsResponse.entry:type_name -> wasmatrix.v1.LogEntry
+	70, // 61: wasmatrix.v1.OpenSessionRequest.idle_timeout:type_name -> google.protobuf.Duration
+	70, // 62: wasmatrix.v1.OpenSessionResponse.idle_timeout:type_name -> google.protobuf.Duration
+	3,  // 63: wasmatrix.v1.ControlPlaneService.StartInstance:input_type -> wasmatrix.v1.StartInstanceRequest
+	5,  // 64: wasmatrix.v1.ControlPlaneService.StopInstance:input_type -> wasmatrix.v1.StopInstanceRequest
+	7,  // 65: wasmatrix.v1.ControlPlaneService.RestartInstance:input_type -> wasmatrix.v1.RestartInstanceRequest
+	9,  // 66: wasmatrix.v1.ControlPlaneService.RemoveInstance:input_type -> wasmatrix.v1.RemoveInstanceRequest
+	11, // 67: wasmatrix.v1.ControlPlaneService.QueryInstance:input_type -> wasmatrix.v1.QueryInstanceRequest
+	13, // 68: wasmatrix.v1.ControlPlaneService.ListInstances:input_type -> wasmatrix.v1.ListInstancesRequest
+	15, // 69: wasmatrix.v1.ControlPlaneService.Explain:input_type -> wasmatrix.v1.ExplainRequest
+	18, // 70: wasmatrix.v1.ControlPlaneService.AssignCapability:input_type -> wasmatrix.v1.AssignCapabilityRequest
+	20, // 71: wasmatrix.v1.ControlPlaneService.RevokeCapability:input_type -> wasmatrix.v1.RevokeCapabilityRequest
+	23, // 72: wasmatrix.v1.ControlPlaneService.UploadModule:input_type -> wasmatrix.v1.UploadModuleRequest
+	25, // 73: wasmatrix.v1.ControlPlaneService.FetchModule:input_type -> wasmatrix.v1.FetchModuleRequest
+	27, // 74: wasmatrix.v1.ControlPlaneService.ListModules:input_type -> wasmatrix.v1.ListModulesRequest
+	29, // 75: wasmatrix.v1.ControlPlaneService.RegisterProvider:input_type -> wasmatrix.v1.RegisterProviderRequest
+	31, // 76: wasmatrix.v1.ControlPlaneService.StartProvider:input_type -> wasmatrix.v1.StartProviderRequest
+	33, // 77: wasmatrix.v1.ControlPlaneService.StopProvider:input_type -> wasmatrix.v1.StopProviderRequest
+	35, // 78: wasmatrix.v1.ControlPlaneService.UpdateProvider:input_type -> wasmatrix.v1.UpdateProviderRequest
+	37, // 79: wasmatrix.v1.ControlPlaneService.DeregisterProvider:input_type -> wasmatrix.v1.DeregisterProviderRequest
+	39, // 80: wasmatrix.v1.ControlPlaneService.GetProvider:input_type -> wasmatrix.v1.GetProviderRequest
+	41, // 81: wasmatrix.v1.ControlPlaneService.ListProviders:input_type -> wasmatrix.v1.ListProvidersRequest
+	43, // 82: wasmatrix.v1.ControlPlaneService.CallProvider:input_type -> wasmatrix.v1.CallProviderRequest
+	45, // 83: wasmatrix.v1.ControlPlaneService.SubscribeMessages:input_type -> wasmatrix.v1.SubscribeMessagesRequest
+	47, // 84: wasmatrix.v1.ControlPlaneService.ListNodes:input_type -> wasmatrix.v1.ListNodesRequest
+	49, // 85: wasmatrix.v1.ControlPlaneService.DrainNode:input_type -> wasmatrix.v1.DrainNodeRequest
+	51, // 86: wasmatrix.v1.ControlPlaneService.UndrainNode:input_type -> wasmatrix.v1.UndrainNodeRequest
+	53, // 87: wasmatrix.v1.ControlPlaneService.WatchEvents:input_type -> wasmatrix.v1.WatchEventsRequest
+	77, // 88: wasmatrix.v1.ControlPlaneService.Invoke:input_type -> wasmatrix.v1.InvokeRequest
+	55, // 89: wasmatrix.v1.ControlPlaneService.FollowLogs:input_type -> wasmatrix.v1.FollowLogsRequest
+	58, // 90: wasmatrix.v1.ControlPlaneService.OpenSession:input_type -> wasmatrix.v1.OpenSessionRequest
+	4,  // 91: wasmatrix.v1.ControlPlaneService.StartInstance:output_type -> wasmatrix.v1.StartInstanceResponse
+	6,  // 92: wasmatrix.v1.ControlPlaneService.StopInstance:output_type -> wasmatrix.v1.StopInstanceResponse
+	8,  // 93: wasmatrix.v1.ControlPlaneService.RestartInstance:output_type -> wasmatrix.v1.RestartInstanceResponse
+	10, // 94: wasmatrix.v1.ControlPlaneService.RemoveInstance:output_type -> wasmatrix.v1.RemoveInstanceResponse
+	12, // 95: wasmatrix.v1.ControlPlaneService.QueryInstance:output_type -> wasmatrix.v1.QueryInstanceResponse
+	14, // 96: wasmatrix.v1.ControlPlaneService.ListInstances:output_type -> wasmatrix.v1.ListInstancesResponse
+	17, // 97: wasmatrix.v1.ControlPlaneService.Explain:output_type -> wasmatrix.v1.ExplainResponse
+	19, // 98: wasmatrix.v1.ControlPlaneService.AssignCapability:output_type -> wasmatrix.v1.AssignCapabilityResponse
+	21, // 99: wasmatrix.v1.ControlPlaneService.RevokeCapability:output_type -> wasmatrix.v1.RevokeCapabilityResponse
+	24, // 100: wasmatrix.v1.ControlPlaneService.UploadModule:output_type -> wasmatrix.v1.UploadModuleResponse
+	26, // 101: wasmatrix.v1.ControlPlaneService.FetchModule:output_type -> wasmatrix.v1.FetchModuleResponse
+	28, // 102: wasmatrix.v1.ControlPlaneService.ListModules:output_type -> wasmatrix.v1.ListModulesResponse
+	30, // 103: wasmatrix.v1.ControlPlaneService.RegisterProvider:output_type -> wasmatrix.v1.RegisterProviderResponse
+	32, // 104: wasmatrix.v1.ControlPlaneService.StartProvider:output_type -> wasmatrix.v1.StartProviderResponse
+	34, // 105: wasmatrix.v1.ControlPlaneService.StopProvider:output_type -> wasmatrix.v1.StopProviderResponse
+	36, // 106: wasmatrix.v1.ControlPlaneService.UpdateProvider:output_type -> wasmatrix.v1.UpdateProviderResponse
+	38, // 107: wasmatrix.v1.ControlPlaneService.DeregisterProvider:output_type -> wasmatrix.v1.DeregisterProviderResponse
+	40, // 108: wasmatrix.v1.ControlPlaneService.GetProvider:output_type -> wasmatrix.v1.GetProviderResponse
+	42, // 109: wasmatrix.v1.ControlPlaneService.ListProviders:output_type -> wasmatrix.v1.ListProvidersResponse
+	44, // 110: wasmatrix.v1.ControlPlaneService.CallProvider:output_type -> wasmatrix.v1.CallProviderResponse
+	46, // 111: wasmatrix.v1.ControlPlaneService.SubscribeMessages:output_type -> wasmatrix.v1.SubscribeMessagesResponse
+	48, // 112: wasmatrix.v1.ControlPlaneService.ListNodes:output_type -> wasmatrix.v1.ListNodesResponse
+	50, // 113: wasmatrix.v1.ControlPlaneService.DrainNode:output_type -> wasmatrix.v1.DrainNodeResponse
+	52, // 114: wasmatrix.v1.ControlPlaneService.UndrainNode:output_type -> wasmatrix.v1.UndrainNodeResponse
+	54, // 115: wasmatrix.v1.ControlPlaneService.WatchEvents:output_type -> wasmatrix.v1.WatchEventsResponse
+	78, // 116: wasmatrix.v1.ControlPlaneService.Invoke:output_type -> wasmatrix.v1.InvokeResponse
+	57, // 117: wasmatrix.v1.ControlPlaneService.FollowLogs:output_type -> wasmatrix.v1.FollowLogsResponse
+	59, // 118: wasmatrix.v1.ControlPlaneService.OpenSession:output_type -> wasmatrix.v1.OpenSessionResponse
+	91, // [91:119] is the sub-list for method output_type
+	63, // [63:91] is the sub-list for method input_type
+	63, // [63:63] is the sub-list for extension type_name
+	63, // [63:63] is the sub-list for extension extendee
+	0,  // [0:63] is the sub-list for field type_name
 }
 
 func init() { file_wasmatrix_v1_control_proto_init() }
@@ -4159,7 +4307,7 @@ func file_wasmatrix_v1_control_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_wasmatrix_v1_control_proto_rawDesc), len(file_wasmatrix_v1_control_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   59,
+			NumMessages:   61,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -39,6 +39,7 @@ const (
 	ControlPlaneService_GetProvider_FullMethodName        = "/wasmatrix.v1.ControlPlaneService/GetProvider"
 	ControlPlaneService_ListProviders_FullMethodName      = "/wasmatrix.v1.ControlPlaneService/ListProviders"
 	ControlPlaneService_CallProvider_FullMethodName       = "/wasmatrix.v1.ControlPlaneService/CallProvider"
+	ControlPlaneService_SubscribeMessages_FullMethodName  = "/wasmatrix.v1.ControlPlaneService/SubscribeMessages"
 	ControlPlaneService_ListNodes_FullMethodName          = "/wasmatrix.v1.ControlPlaneService/ListNodes"
 	ControlPlaneService_DrainNode_FullMethodName          = "/wasmatrix.v1.ControlPlaneService/DrainNode"
 	ControlPlaneService_UndrainNode_FullMethodName        = "/wasmatrix.v1.ControlPlaneService/UndrainNode"
@@ -101,6 +102,8 @@ type ControlPlaneServiceClient interface {
 	ListProviders(ctx context.Context, in *ListProvidersRequest, opts ...grpc.CallOption) (*ListProvidersResponse, error)
 	// CallProvider calls a provider as a user: the same path a guest's call takes.
 	CallProvider(ctx context.Context, in *CallProviderRequest, opts ...grpc.CallOption) (*CallProviderResponse, error)
+	// SubscribeMessages streams the messages of a messaging provider to a user, beside the workloads that get them.
+	SubscribeMessages(ctx context.Context, in *SubscribeMessagesRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[SubscribeMessagesResponse], error)
 	// ListNodes returns all nodes in the order of their ids.
 	ListNodes(ctx context.Context, in *ListNodesRequest, opts ...grpc.CallOption) (*ListNodesResponse, error)
 	// DrainNode stops new placements on a node and moves its instances away.
@@ -339,6 +342,25 @@ func (c *controlPlaneServiceClient) CallProvider(ctx context.Context, in *CallPr
 	return out, nil
 }
 
+func (c *controlPlaneServiceClient) SubscribeMessages(ctx context.Context, in *SubscribeMessagesRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[SubscribeMessagesResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &ControlPlaneService_ServiceDesc.Streams[2], ControlPlaneService_SubscribeMessages_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[SubscribeMessagesRequest, SubscribeMessagesResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type ControlPlaneService_SubscribeMessagesClient = grpc.ServerStreamingClient[SubscribeMessagesResponse]
+
 func (c *controlPlaneServiceClient) ListNodes(ctx context.Context, in *ListNodesRequest, opts ...grpc.CallOption) (*ListNodesResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(ListNodesResponse)
@@ -371,7 +393,7 @@ func (c *controlPlaneServiceClient) UndrainNode(ctx context.Context, in *Undrain
 
 func (c *controlPlaneServiceClient) WatchEvents(ctx context.Context, in *WatchEventsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchEventsResponse], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	stream, err := c.cc.NewStream(ctx, &ControlPlaneService_ServiceDesc.Streams[2], ControlPlaneService_WatchEvents_FullMethodName, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &ControlPlaneService_ServiceDesc.Streams[3], ControlPlaneService_WatchEvents_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -400,7 +422,7 @@ func (c *controlPlaneServiceClient) Invoke(ctx context.Context, in *InvokeReques
 
 func (c *controlPlaneServiceClient) FollowLogs(ctx context.Context, in *FollowLogsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[FollowLogsResponse], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	stream, err := c.cc.NewStream(ctx, &ControlPlaneService_ServiceDesc.Streams[3], ControlPlaneService_FollowLogs_FullMethodName, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &ControlPlaneService_ServiceDesc.Streams[4], ControlPlaneService_FollowLogs_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -480,6 +502,8 @@ type ControlPlaneServiceServer interface {
 	ListProviders(context.Context, *ListProvidersRequest) (*ListProvidersResponse, error)
 	// CallProvider calls a provider as a user: the same path a guest's call takes.
 	CallProvider(context.Context, *CallProviderRequest) (*CallProviderResponse, error)
+	// SubscribeMessages streams the messages of a messaging provider to a user, beside the workloads that get them.
+	SubscribeMessages(*SubscribeMessagesRequest, grpc.ServerStreamingServer[SubscribeMessagesResponse]) error
 	// ListNodes returns all nodes in the order of their ids.
 	ListNodes(context.Context, *ListNodesRequest) (*ListNodesResponse, error)
 	// DrainNode stops new placements on a node and moves its instances away.
@@ -565,6 +589,9 @@ func (UnimplementedControlPlaneServiceServer) ListProviders(context.Context, *Li
 }
 func (UnimplementedControlPlaneServiceServer) CallProvider(context.Context, *CallProviderRequest) (*CallProviderResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method CallProvider not implemented")
+}
+func (UnimplementedControlPlaneServiceServer) SubscribeMessages(*SubscribeMessagesRequest, grpc.ServerStreamingServer[SubscribeMessagesResponse]) error {
+	return status.Error(codes.Unimplemented, "method SubscribeMessages not implemented")
 }
 func (UnimplementedControlPlaneServiceServer) ListNodes(context.Context, *ListNodesRequest) (*ListNodesResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ListNodes not implemented")
@@ -950,6 +977,17 @@ func _ControlPlaneService_CallProvider_Handler(srv interface{}, ctx context.Cont
 	return interceptor(ctx, in, info, handler)
 }
 
+func _ControlPlaneService_SubscribeMessages_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(SubscribeMessagesRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(ControlPlaneServiceServer).SubscribeMessages(m, &grpc.GenericServerStream[SubscribeMessagesRequest, SubscribeMessagesResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type ControlPlaneService_SubscribeMessagesServer = grpc.ServerStreamingServer[SubscribeMessagesResponse]
+
 func _ControlPlaneService_ListNodes_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(ListNodesRequest)
 	if err := dec(in); err != nil {
@@ -1171,6 +1209,11 @@ var ControlPlaneService_ServiceDesc = grpc.ServiceDesc{
 		{
 			StreamName:    "FetchModule",
 			Handler:       _ControlPlaneService_FetchModule_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "SubscribeMessages",
+			Handler:       _ControlPlaneService_SubscribeMessages_Handler,
 			ServerStreams: true,
 		},
 		{

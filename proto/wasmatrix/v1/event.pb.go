@@ -80,6 +80,12 @@ const (
 	EventKind_EVENT_KIND_CAPABILITY_ASSIGNED EventKind = 40
 	// A capability was taken from an instance.
 	EventKind_EVENT_KIND_CAPABILITY_REVOKED EventKind = 41
+	// Calls of an instance were refused for want of a permission; the message says which and how many.
+	EventKind_EVENT_KIND_CAPABILITY_DENIED EventKind = 42
+	// An instance subscribed to a subject.
+	EventKind_EVENT_KIND_SUBSCRIPTION_ADDED EventKind = 43
+	// A subscription of an instance ended.
+	EventKind_EVENT_KIND_SUBSCRIPTION_REMOVED EventKind = 44
 	// A module was uploaded.
 	EventKind_EVENT_KIND_MODULE_UPLOADED EventKind = 50
 	// A module's record was removed.
@@ -116,6 +122,9 @@ var (
 		36: "EVENT_KIND_PROVIDER_LOST",
 		40: "EVENT_KIND_CAPABILITY_ASSIGNED",
 		41: "EVENT_KIND_CAPABILITY_REVOKED",
+		42: "EVENT_KIND_CAPABILITY_DENIED",
+		43: "EVENT_KIND_SUBSCRIPTION_ADDED",
+		44: "EVENT_KIND_SUBSCRIPTION_REMOVED",
 		50: "EVENT_KIND_MODULE_UPLOADED",
 		51: "EVENT_KIND_MODULE_REMOVED",
 	}
@@ -147,6 +156,9 @@ var (
 		"EVENT_KIND_PROVIDER_LOST":         36,
 		"EVENT_KIND_CAPABILITY_ASSIGNED":   40,
 		"EVENT_KIND_CAPABILITY_REVOKED":    41,
+		"EVENT_KIND_CAPABILITY_DENIED":     42,
+		"EVENT_KIND_SUBSCRIPTION_ADDED":    43,
+		"EVENT_KIND_SUBSCRIPTION_REMOVED":  44,
 		"EVENT_KIND_MODULE_UPLOADED":       50,
 		"EVENT_KIND_MODULE_REMOVED":        51,
 	}
@@ -337,7 +349,7 @@ const file_wasmatrix_v1_event_proto_rawDesc = "" +
 	"generation\x12\x18\n" +
 	"\amessage\x18\n" +
 	" \x01(\tR\amessage\x12%\n" +
-	"\x0ecorrelation_id\x18\v \x01(\tR\rcorrelationId*\xb8\a\n" +
+	"\x0ecorrelation_id\x18\v \x01(\tR\rcorrelationId*\xa2\b\n" +
 	"\tEventKind\x12\x1a\n" +
 	"\x16EVENT_KIND_UNSPECIFIED\x10\x00\x12!\n" +
 	"\x1dEVENT_KIND_INSTANCE_REQUESTED\x10\x01\x12\x1e\n" +
@@ -366,7 +378,10 @@ const file_wasmatrix_v1_event_proto_rawDesc = "" +
 	" EVENT_KIND_PROVIDER_DEREGISTERED\x10#\x12\x1c\n" +
 	"\x18EVENT_KIND_PROVIDER_LOST\x10$\x12\"\n" +
 	"\x1eEVENT_KIND_CAPABILITY_ASSIGNED\x10(\x12!\n" +
-	"\x1dEVENT_KIND_CAPABILITY_REVOKED\x10)\x12\x1e\n" +
+	"\x1dEVENT_KIND_CAPABILITY_REVOKED\x10)\x12 \n" +
+	"\x1cEVENT_KIND_CAPABILITY_DENIED\x10*\x12!\n" +
+	"\x1dEVENT_KIND_SUBSCRIPTION_ADDED\x10+\x12#\n" +
+	"\x1fEVENT_KIND_SUBSCRIPTION_REMOVED\x10,\x12\x1e\n" +
 	"\x1aEVENT_KIND_MODULE_UPLOADED\x102\x12\x1d\n" +
 	"\x19EVENT_KIND_MODULE_REMOVED\x103B?Z=github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1;wasmatrixv1b\x06proto3"
 

@@ -22,6 +22,63 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+// MessageVerdict says what became of a message.
+type MessageVerdict int32
+
+const (
+	// Taken as acknowledged.
+	MessageVerdict_MESSAGE_VERDICT_UNSPECIFIED MessageVerdict = 0
+	// It was handled.
+	MessageVerdict_MESSAGE_VERDICT_ACKNOWLEDGE MessageVerdict = 1
+	// It is to be delivered again after a while.
+	MessageVerdict_MESSAGE_VERDICT_RETRY MessageVerdict = 2
+	// It can never be handled and is not delivered again.
+	MessageVerdict_MESSAGE_VERDICT_REJECT MessageVerdict = 3
+)
+
+// Enum value maps for MessageVerdict.
+var (
+	MessageVerdict_name = map[int32]string{
+		0: "MESSAGE_VERDICT_UNSPECIFIED",
+		1: "MESSAGE_VERDICT_ACKNOWLEDGE",
+		2: "MESSAGE_VERDICT_RETRY",
+		3: "MESSAGE_VERDICT_REJECT",
+	}
+	MessageVerdict_value = map[string]int32{
+		"MESSAGE_VERDICT_UNSPECIFIED": 0,
+		"MESSAGE_VERDICT_ACKNOWLEDGE": 1,
+		"MESSAGE_VERDICT_RETRY":       2,
+		"MESSAGE_VERDICT_REJECT":      3,
+	}
+)
+
+func (x MessageVerdict) Enum() *MessageVerdict {
+	p := new(MessageVerdict)
+	*p = x
+	return p
+}
+
+func (x MessageVerdict) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (MessageVerdict) Descriptor() protoreflect.EnumDescriptor {
+	return file_wasmatrix_v1_guest_proto_enumTypes[0].Descriptor()
+}
+
+func (MessageVerdict) Type() protoreflect.EnumType {
+	return &file_wasmatrix_v1_guest_proto_enumTypes[0]
+}
+
+func (x MessageVerdict) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use MessageVerdict.Descriptor instead.
+func (MessageVerdict) EnumDescriptor() ([]byte, []int) {
+	return file_wasmatrix_v1_guest_proto_rawDescGZIP(), []int{0}
+}
+
 // LogLevel orders log lines by weight.
 type LogLevel int32
 
@@ -67,11 +124,11 @@ func (x LogLevel) String() string {
 }
 
 func (LogLevel) Descriptor() protoreflect.EnumDescriptor {
-	return file_wasmatrix_v1_guest_proto_enumTypes[0].Descriptor()
+	return file_wasmatrix_v1_guest_proto_enumTypes[1].Descriptor()
 }
 
 func (LogLevel) Type() protoreflect.EnumType {
-	return &file_wasmatrix_v1_guest_proto_enumTypes[0]
+	return &file_wasmatrix_v1_guest_proto_enumTypes[1]
 }
 
 func (x LogLevel) Number() protoreflect.EnumNumber {
@@ -80,7 +137,7 @@ func (x LogLevel) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use LogLevel.Descriptor instead.
 func (LogLevel) EnumDescriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_guest_proto_rawDescGZIP(), []int{0}
+	return file_wasmatrix_v1_guest_proto_rawDescGZIP(), []int{1}
 }
 
 // InvokeRequest is one call of an instance's invoke handler. The guest gets
@@ -907,6 +964,1040 @@ func (x *KvCasResponse) GetVersion() uint64 {
 	return 0
 }
 
+// HttpHeader is one header field; a name may come more than once.
+type HttpHeader struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The name, in any case.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// The value.
+	Value         string `protobuf:"bytes,2,opt,name=value,proto3" json:"value,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HttpHeader) Reset() {
+	*x = HttpHeader{}
+	mi := &file_wasmatrix_v1_guest_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HttpHeader) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HttpHeader) ProtoMessage() {}
+
+func (x *HttpHeader) ProtoReflect() protoreflect.Message {
+	mi := &file_wasmatrix_v1_guest_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HttpHeader.ProtoReflect.Descriptor instead.
+func (*HttpHeader) Descriptor() ([]byte, []int) {
+	return file_wasmatrix_v1_guest_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *HttpHeader) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *HttpHeader) GetValue() string {
+	if x != nil {
+		return x.Value
+	}
+	return ""
+}
+
+// HttpRequest is a request that a guest makes of the outside, or that is made of a guest.
+type HttpRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The provider's id; empty means the one HTTP provider this instance was granted. Empty in a request to a guest.
+	Provider string `protobuf:"bytes,1,opt,name=provider,proto3" json:"provider,omitempty"`
+	// GET, POST, PUT, DELETE, PATCH, HEAD or OPTIONS.
+	Method string `protobuf:"bytes,2,opt,name=method,proto3" json:"method,omitempty"`
+	// The absolute URL, http or https; in a request to a guest the path and query.
+	Url string `protobuf:"bytes,3,opt,name=url,proto3" json:"url,omitempty"`
+	// The header fields; at most 128.
+	Headers []*HttpHeader `protobuf:"bytes,4,rep,name=headers,proto3" json:"headers,omitempty"`
+	// The body; at most 4 MiB.
+	Body []byte `protobuf:"bytes,5,opt,name=body,proto3" json:"body,omitempty"`
+	// Milliseconds for the whole exchange, redirects included; 0 means the provider's default of 30 s. The end of the present call comes first.
+	TimeoutMs uint32 `protobuf:"varint,6,opt,name=timeout_ms,json=timeoutMs,proto3" json:"timeout_ms,omitempty"`
+	// The most bytes of the answer's body, after decompression; 0 means the provider's limit. A larger body fails the request.
+	MaxResponseBytes uint64 `protobuf:"varint,7,opt,name=max_response_bytes,json=maxResponseBytes,proto3" json:"max_response_bytes,omitempty"`
+	// True to get a redirect as the answer instead of following it.
+	NoRedirects   bool `protobuf:"varint,8,opt,name=no_redirects,json=noRedirects,proto3" json:"no_redirects,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HttpRequest) Reset() {
+	*x = HttpRequest{}
+	mi := &file_wasmatrix_v1_guest_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HttpRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HttpRequest) ProtoMessage() {}
+
+func (x *HttpRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_wasmatrix_v1_guest_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HttpRequest.ProtoReflect.Descriptor instead.
+func (*HttpRequest) Descriptor() ([]byte, []int) {
+	return file_wasmatrix_v1_guest_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *HttpRequest) GetProvider() string {
+	if x != nil {
+		return x.Provider
+	}
+	return ""
+}
+
+func (x *HttpRequest) GetMethod() string {
+	if x != nil {
+		return x.Method
+	}
+	return ""
+}
+
+func (x *HttpRequest) GetUrl() string {
+	if x != nil {
+		return x.Url
+	}
+	return ""
+}
+
+func (x *HttpRequest) GetHeaders() []*HttpHeader {
+	if x != nil {
+		return x.Headers
+	}
+	return nil
+}
+
+func (x *HttpRequest) GetBody() []byte {
+	if x != nil {
+		return x.Body
+	}
+	return nil
+}
+
+func (x *HttpRequest) GetTimeoutMs() uint32 {
+	if x != nil {
+		return x.TimeoutMs
+	}
+	return 0
+}
+
+func (x *HttpRequest) GetMaxResponseBytes() uint64 {
+	if x != nil {
+		return x.MaxResponseBytes
+	}
+	return 0
+}
+
+func (x *HttpRequest) GetNoRedirects() bool {
+	if x != nil {
+		return x.NoRedirects
+	}
+	return false
+}
+
+// HttpResponse is the answer to an HttpRequest.
+type HttpResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The status, 100 to 599.
+	Status uint32 `protobuf:"varint,1,opt,name=status,proto3" json:"status,omitempty"`
+	// The header fields.
+	Headers []*HttpHeader `protobuf:"bytes,2,rep,name=headers,proto3" json:"headers,omitempty"`
+	// The body.
+	Body []byte `protobuf:"bytes,3,opt,name=body,proto3" json:"body,omitempty"`
+	// The URL that answered, after redirects.
+	Url           string `protobuf:"bytes,4,opt,name=url,proto3" json:"url,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HttpResponse) Reset() {
+	*x = HttpResponse{}
+	mi := &file_wasmatrix_v1_guest_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HttpResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HttpResponse) ProtoMessage() {}
+
+func (x *HttpResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_wasmatrix_v1_guest_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HttpResponse.ProtoReflect.Descriptor instead.
+func (*HttpResponse) Descriptor() ([]byte, []int) {
+	return file_wasmatrix_v1_guest_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *HttpResponse) GetStatus() uint32 {
+	if x != nil {
+		return x.Status
+	}
+	return 0
+}
+
+func (x *HttpResponse) GetHeaders() []*HttpHeader {
+	if x != nil {
+		return x.Headers
+	}
+	return nil
+}
+
+func (x *HttpResponse) GetBody() []byte {
+	if x != nil {
+		return x.Body
+	}
+	return nil
+}
+
+func (x *HttpResponse) GetUrl() string {
+	if x != nil {
+		return x.Url
+	}
+	return ""
+}
+
+// MessageHeader is one header field of a message.
+type MessageHeader struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The name.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// The value.
+	Value         string `protobuf:"bytes,2,opt,name=value,proto3" json:"value,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MessageHeader) Reset() {
+	*x = MessageHeader{}
+	mi := &file_wasmatrix_v1_guest_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MessageHeader) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MessageHeader) ProtoMessage() {}
+
+func (x *MessageHeader) ProtoReflect() protoreflect.Message {
+	mi := &file_wasmatrix_v1_guest_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MessageHeader.ProtoReflect.Descriptor instead.
+func (*MessageHeader) Descriptor() ([]byte, []int) {
+	return file_wasmatrix_v1_guest_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *MessageHeader) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *MessageHeader) GetValue() string {
+	if x != nil {
+		return x.Value
+	}
+	return ""
+}
+
+// MsgPublishRequest publishes a message.
+type MsgPublishRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The provider's id; empty means the one messaging provider this instance was granted.
+	Provider string `protobuf:"bytes,1,opt,name=provider,proto3" json:"provider,omitempty"`
+	// The subject, without wildcards; at most 255 bytes.
+	Subject string `protobuf:"bytes,2,opt,name=subject,proto3" json:"subject,omitempty"`
+	// The content; at most 1 MiB.
+	Payload []byte `protobuf:"bytes,3,opt,name=payload,proto3" json:"payload,omitempty"`
+	// Header fields; at most 32.
+	Headers       []*MessageHeader `protobuf:"bytes,4,rep,name=headers,proto3" json:"headers,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MsgPublishRequest) Reset() {
+	*x = MsgPublishRequest{}
+	mi := &file_wasmatrix_v1_guest_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MsgPublishRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MsgPublishRequest) ProtoMessage() {}
+
+func (x *MsgPublishRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_wasmatrix_v1_guest_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MsgPublishRequest.ProtoReflect.Descriptor instead.
+func (*MsgPublishRequest) Descriptor() ([]byte, []int) {
+	return file_wasmatrix_v1_guest_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *MsgPublishRequest) GetProvider() string {
+	if x != nil {
+		return x.Provider
+	}
+	return ""
+}
+
+func (x *MsgPublishRequest) GetSubject() string {
+	if x != nil {
+		return x.Subject
+	}
+	return ""
+}
+
+func (x *MsgPublishRequest) GetPayload() []byte {
+	if x != nil {
+		return x.Payload
+	}
+	return nil
+}
+
+func (x *MsgPublishRequest) GetHeaders() []*MessageHeader {
+	if x != nil {
+		return x.Headers
+	}
+	return nil
+}
+
+// MsgPublishResponse acknowledges a published message.
+type MsgPublishResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The message's number in its stream when the provider is durable and has stored it; 0 when nothing keeps it.
+	Sequence      uint64 `protobuf:"varint,1,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MsgPublishResponse) Reset() {
+	*x = MsgPublishResponse{}
+	mi := &file_wasmatrix_v1_guest_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MsgPublishResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MsgPublishResponse) ProtoMessage() {}
+
+func (x *MsgPublishResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_wasmatrix_v1_guest_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MsgPublishResponse.ProtoReflect.Descriptor instead.
+func (*MsgPublishResponse) Descriptor() ([]byte, []int) {
+	return file_wasmatrix_v1_guest_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *MsgPublishResponse) GetSequence() uint64 {
+	if x != nil {
+		return x.Sequence
+	}
+	return 0
+}
+
+// MsgRequestRequest publishes a message and waits for one reply.
+type MsgRequestRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The provider's id; empty means the only one.
+	Provider string `protobuf:"bytes,1,opt,name=provider,proto3" json:"provider,omitempty"`
+	// The subject, without wildcards.
+	Subject string `protobuf:"bytes,2,opt,name=subject,proto3" json:"subject,omitempty"`
+	// The content; at most 1 MiB.
+	Payload []byte `protobuf:"bytes,3,opt,name=payload,proto3" json:"payload,omitempty"`
+	// Header fields; at most 32.
+	Headers []*MessageHeader `protobuf:"bytes,4,rep,name=headers,proto3" json:"headers,omitempty"`
+	// Milliseconds to wait for the reply; 0 means 5 s.
+	TimeoutMs     uint32 `protobuf:"varint,5,opt,name=timeout_ms,json=timeoutMs,proto3" json:"timeout_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MsgRequestRequest) Reset() {
+	*x = MsgRequestRequest{}
+	mi := &file_wasmatrix_v1_guest_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MsgRequestRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MsgRequestRequest) ProtoMessage() {}
+
+func (x *MsgRequestRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_wasmatrix_v1_guest_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MsgRequestRequest.ProtoReflect.Descriptor instead.
+func (*MsgRequestRequest) Descriptor() ([]byte, []int) {
+	return file_wasmatrix_v1_guest_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *MsgRequestRequest) GetProvider() string {
+	if x != nil {
+		return x.Provider
+	}
+	return ""
+}
+
+func (x *MsgRequestRequest) GetSubject() string {
+	if x != nil {
+		return x.Subject
+	}
+	return ""
+}
+
+func (x *MsgRequestRequest) GetPayload() []byte {
+	if x != nil {
+		return x.Payload
+	}
+	return nil
+}
+
+func (x *MsgRequestRequest) GetHeaders() []*MessageHeader {
+	if x != nil {
+		return x.Headers
+	}
+	return nil
+}
+
+func (x *MsgRequestRequest) GetTimeoutMs() uint32 {
+	if x != nil {
+		return x.TimeoutMs
+	}
+	return 0
+}
+
+// MsgRequestResponse carries the reply.
+type MsgRequestResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The reply's content.
+	Payload []byte `protobuf:"bytes,1,opt,name=payload,proto3" json:"payload,omitempty"`
+	// The reply's header fields.
+	Headers       []*MessageHeader `protobuf:"bytes,2,rep,name=headers,proto3" json:"headers,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MsgRequestResponse) Reset() {
+	*x = MsgRequestResponse{}
+	mi := &file_wasmatrix_v1_guest_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MsgRequestResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MsgRequestResponse) ProtoMessage() {}
+
+func (x *MsgRequestResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_wasmatrix_v1_guest_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MsgRequestResponse.ProtoReflect.Descriptor instead.
+func (*MsgRequestResponse) Descriptor() ([]byte, []int) {
+	return file_wasmatrix_v1_guest_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *MsgRequestResponse) GetPayload() []byte {
+	if x != nil {
+		return x.Payload
+	}
+	return nil
+}
+
+func (x *MsgRequestResponse) GetHeaders() []*MessageHeader {
+	if x != nil {
+		return x.Headers
+	}
+	return nil
+}
+
+// MsgSubscribeRequest subscribes the workload of this instance to a subject: each message goes to one of its running
+// replicas. The subscription outlives restarts and moves of the instance.
+type MsgSubscribeRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The provider's id; empty means the only one.
+	Provider string `protobuf:"bytes,1,opt,name=provider,proto3" json:"provider,omitempty"`
+	// The subject; * stands for one token, > at the end for the rest.
+	Subject       string `protobuf:"bytes,2,opt,name=subject,proto3" json:"subject,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MsgSubscribeRequest) Reset() {
+	*x = MsgSubscribeRequest{}
+	mi := &file_wasmatrix_v1_guest_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MsgSubscribeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MsgSubscribeRequest) ProtoMessage() {}
+
+func (x *MsgSubscribeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_wasmatrix_v1_guest_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MsgSubscribeRequest.ProtoReflect.Descriptor instead.
+func (*MsgSubscribeRequest) Descriptor() ([]byte, []int) {
+	return file_wasmatrix_v1_guest_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *MsgSubscribeRequest) GetProvider() string {
+	if x != nil {
+		return x.Provider
+	}
+	return ""
+}
+
+func (x *MsgSubscribeRequest) GetSubject() string {
+	if x != nil {
+		return x.Subject
+	}
+	return ""
+}
+
+// MsgSubscribeResponse acknowledges a subscription: messages published from now on are delivered.
+type MsgSubscribeResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MsgSubscribeResponse) Reset() {
+	*x = MsgSubscribeResponse{}
+	mi := &file_wasmatrix_v1_guest_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MsgSubscribeResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MsgSubscribeResponse) ProtoMessage() {}
+
+func (x *MsgSubscribeResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_wasmatrix_v1_guest_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MsgSubscribeResponse.ProtoReflect.Descriptor instead.
+func (*MsgSubscribeResponse) Descriptor() ([]byte, []int) {
+	return file_wasmatrix_v1_guest_proto_rawDescGZIP(), []int{22}
+}
+
+// MsgUnsubscribeRequest ends a subscription of this instance.
+type MsgUnsubscribeRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The provider's id; empty means the only one.
+	Provider string `protobuf:"bytes,1,opt,name=provider,proto3" json:"provider,omitempty"`
+	// The subject, exactly as it was subscribed to.
+	Subject       string `protobuf:"bytes,2,opt,name=subject,proto3" json:"subject,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MsgUnsubscribeRequest) Reset() {
+	*x = MsgUnsubscribeRequest{}
+	mi := &file_wasmatrix_v1_guest_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MsgUnsubscribeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MsgUnsubscribeRequest) ProtoMessage() {}
+
+func (x *MsgUnsubscribeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_wasmatrix_v1_guest_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MsgUnsubscribeRequest.ProtoReflect.Descriptor instead.
+func (*MsgUnsubscribeRequest) Descriptor() ([]byte, []int) {
+	return file_wasmatrix_v1_guest_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *MsgUnsubscribeRequest) GetProvider() string {
+	if x != nil {
+		return x.Provider
+	}
+	return ""
+}
+
+func (x *MsgUnsubscribeRequest) GetSubject() string {
+	if x != nil {
+		return x.Subject
+	}
+	return ""
+}
+
+// MsgUnsubscribeResponse acknowledges the end of a subscription.
+type MsgUnsubscribeResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Whether there was such a subscription.
+	Existed       bool `protobuf:"varint,1,opt,name=existed,proto3" json:"existed,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MsgUnsubscribeResponse) Reset() {
+	*x = MsgUnsubscribeResponse{}
+	mi := &file_wasmatrix_v1_guest_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MsgUnsubscribeResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MsgUnsubscribeResponse) ProtoMessage() {}
+
+func (x *MsgUnsubscribeResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_wasmatrix_v1_guest_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MsgUnsubscribeResponse.ProtoReflect.Descriptor instead.
+func (*MsgUnsubscribeResponse) Descriptor() ([]byte, []int) {
+	return file_wasmatrix_v1_guest_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *MsgUnsubscribeResponse) GetExisted() bool {
+	if x != nil {
+		return x.Existed
+	}
+	return false
+}
+
+// Message is one message as it is delivered to a guest's message handler.
+type Message struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The subject it was published to.
+	Subject string `protobuf:"bytes,1,opt,name=subject,proto3" json:"subject,omitempty"`
+	// The content.
+	Payload []byte `protobuf:"bytes,2,opt,name=payload,proto3" json:"payload,omitempty"`
+	// Its header fields.
+	Headers []*MessageHeader `protobuf:"bytes,3,rep,name=headers,proto3" json:"headers,omitempty"`
+	// The subscription that it matched.
+	Subscription string `protobuf:"bytes,4,opt,name=subscription,proto3" json:"subscription,omitempty"`
+	// The id of the provider that delivers it.
+	Provider string `protobuf:"bytes,5,opt,name=provider,proto3" json:"provider,omitempty"`
+	// Counts the deliveries of this message, from 1.
+	Delivery uint32 `protobuf:"varint,6,opt,name=delivery,proto3" json:"delivery,omitempty"`
+	// True when the sender waits for a reply.
+	WantsReply bool `protobuf:"varint,7,opt,name=wants_reply,json=wantsReply,proto3" json:"wants_reply,omitempty"`
+	// The message's number in its stream; 0 when nothing keeps it.
+	Sequence      uint64 `protobuf:"varint,8,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Message) Reset() {
+	*x = Message{}
+	mi := &file_wasmatrix_v1_guest_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Message) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Message) ProtoMessage() {}
+
+func (x *Message) ProtoReflect() protoreflect.Message {
+	mi := &file_wasmatrix_v1_guest_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Message.ProtoReflect.Descriptor instead.
+func (*Message) Descriptor() ([]byte, []int) {
+	return file_wasmatrix_v1_guest_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *Message) GetSubject() string {
+	if x != nil {
+		return x.Subject
+	}
+	return ""
+}
+
+func (x *Message) GetPayload() []byte {
+	if x != nil {
+		return x.Payload
+	}
+	return nil
+}
+
+func (x *Message) GetHeaders() []*MessageHeader {
+	if x != nil {
+		return x.Headers
+	}
+	return nil
+}
+
+func (x *Message) GetSubscription() string {
+	if x != nil {
+		return x.Subscription
+	}
+	return ""
+}
+
+func (x *Message) GetProvider() string {
+	if x != nil {
+		return x.Provider
+	}
+	return ""
+}
+
+func (x *Message) GetDelivery() uint32 {
+	if x != nil {
+		return x.Delivery
+	}
+	return 0
+}
+
+func (x *Message) GetWantsReply() bool {
+	if x != nil {
+		return x.WantsReply
+	}
+	return false
+}
+
+func (x *Message) GetSequence() uint64 {
+	if x != nil {
+		return x.Sequence
+	}
+	return 0
+}
+
+// MessageResult is the answer of a guest's message handler. An empty one acknowledges.
+type MessageResult struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What became of the message.
+	Verdict MessageVerdict `protobuf:"varint,1,opt,name=verdict,proto3,enum=wasmatrix.v1.MessageVerdict" json:"verdict,omitempty"`
+	// The reply, when the sender waits for one.
+	Reply []byte `protobuf:"bytes,2,opt,name=reply,proto3" json:"reply,omitempty"`
+	// Milliseconds until the message is delivered again; 0 means the provider's backoff.
+	RetryAfterMs uint64 `protobuf:"varint,3,opt,name=retry_after_ms,json=retryAfterMs,proto3" json:"retry_after_ms,omitempty"`
+	// Why it is to be retried or was rejected; one line.
+	Reason        string `protobuf:"bytes,4,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MessageResult) Reset() {
+	*x = MessageResult{}
+	mi := &file_wasmatrix_v1_guest_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MessageResult) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MessageResult) ProtoMessage() {}
+
+func (x *MessageResult) ProtoReflect() protoreflect.Message {
+	mi := &file_wasmatrix_v1_guest_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MessageResult.ProtoReflect.Descriptor instead.
+func (*MessageResult) Descriptor() ([]byte, []int) {
+	return file_wasmatrix_v1_guest_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *MessageResult) GetVerdict() MessageVerdict {
+	if x != nil {
+		return x.Verdict
+	}
+	return MessageVerdict_MESSAGE_VERDICT_UNSPECIFIED
+}
+
+func (x *MessageResult) GetReply() []byte {
+	if x != nil {
+		return x.Reply
+	}
+	return nil
+}
+
+func (x *MessageResult) GetRetryAfterMs() uint64 {
+	if x != nil {
+		return x.RetryAfterMs
+	}
+	return 0
+}
+
+func (x *MessageResult) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+// ProviderCallRequest calls an operation of an external provider.
+type ProviderCallRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The provider's id; empty means the one external provider this instance was granted.
+	Provider string `protobuf:"bytes,1,opt,name=provider,proto3" json:"provider,omitempty"`
+	// The operation, as the provider names it.
+	Operation string `protobuf:"bytes,2,opt,name=operation,proto3" json:"operation,omitempty"`
+	// The operation's input, at most 4 MiB; its form is the provider's own.
+	Payload       []byte `protobuf:"bytes,3,opt,name=payload,proto3" json:"payload,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ProviderCallRequest) Reset() {
+	*x = ProviderCallRequest{}
+	mi := &file_wasmatrix_v1_guest_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ProviderCallRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ProviderCallRequest) ProtoMessage() {}
+
+func (x *ProviderCallRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_wasmatrix_v1_guest_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ProviderCallRequest.ProtoReflect.Descriptor instead.
+func (*ProviderCallRequest) Descriptor() ([]byte, []int) {
+	return file_wasmatrix_v1_guest_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *ProviderCallRequest) GetProvider() string {
+	if x != nil {
+		return x.Provider
+	}
+	return ""
+}
+
+func (x *ProviderCallRequest) GetOperation() string {
+	if x != nil {
+		return x.Operation
+	}
+	return ""
+}
+
+func (x *ProviderCallRequest) GetPayload() []byte {
+	if x != nil {
+		return x.Payload
+	}
+	return nil
+}
+
+// ProviderCallResponse is the answer of an external provider.
+type ProviderCallResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The operation's output.
+	Payload       []byte `protobuf:"bytes,1,opt,name=payload,proto3" json:"payload,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ProviderCallResponse) Reset() {
+	*x = ProviderCallResponse{}
+	mi := &file_wasmatrix_v1_guest_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ProviderCallResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ProviderCallResponse) ProtoMessage() {}
+
+func (x *ProviderCallResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_wasmatrix_v1_guest_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ProviderCallResponse.ProtoReflect.Descriptor instead.
+func (*ProviderCallResponse) Descriptor() ([]byte, []int) {
+	return file_wasmatrix_v1_guest_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *ProviderCallResponse) GetPayload() []byte {
+	if x != nil {
+		return x.Payload
+	}
+	return nil
+}
+
 // LogWriteRequest is one log line of a guest.
 type LogWriteRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -922,7 +2013,7 @@ type LogWriteRequest struct {
 
 func (x *LogWriteRequest) Reset() {
 	*x = LogWriteRequest{}
-	mi := &file_wasmatrix_v1_guest_proto_msgTypes[13]
+	mi := &file_wasmatrix_v1_guest_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -934,7 +2025,7 @@ func (x *LogWriteRequest) String() string {
 func (*LogWriteRequest) ProtoMessage() {}
 
 func (x *LogWriteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_guest_proto_msgTypes[13]
+	mi := &file_wasmatrix_v1_guest_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -947,7 +2038,7 @@ func (x *LogWriteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogWriteRequest.ProtoReflect.Descriptor instead.
 func (*LogWriteRequest) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_guest_proto_rawDescGZIP(), []int{13}
+	return file_wasmatrix_v1_guest_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *LogWriteRequest) GetLevel() LogLevel {
@@ -980,7 +2071,7 @@ type LogWriteResponse struct {
 
 func (x *LogWriteResponse) Reset() {
 	*x = LogWriteResponse{}
-	mi := &file_wasmatrix_v1_guest_proto_msgTypes[14]
+	mi := &file_wasmatrix_v1_guest_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -992,7 +2083,7 @@ func (x *LogWriteResponse) String() string {
 func (*LogWriteResponse) ProtoMessage() {}
 
 func (x *LogWriteResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_guest_proto_msgTypes[14]
+	mi := &file_wasmatrix_v1_guest_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1005,7 +2096,7 @@ func (x *LogWriteResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogWriteResponse.ProtoReflect.Descriptor instead.
 func (*LogWriteResponse) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_guest_proto_rawDescGZIP(), []int{14}
+	return file_wasmatrix_v1_guest_proto_rawDescGZIP(), []int{30}
 }
 
 // ContextGetRequest asks who the guest is.
@@ -1017,7 +2108,7 @@ type ContextGetRequest struct {
 
 func (x *ContextGetRequest) Reset() {
 	*x = ContextGetRequest{}
-	mi := &file_wasmatrix_v1_guest_proto_msgTypes[15]
+	mi := &file_wasmatrix_v1_guest_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1029,7 +2120,7 @@ func (x *ContextGetRequest) String() string {
 func (*ContextGetRequest) ProtoMessage() {}
 
 func (x *ContextGetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_guest_proto_msgTypes[15]
+	mi := &file_wasmatrix_v1_guest_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1042,7 +2133,7 @@ func (x *ContextGetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContextGetRequest.ProtoReflect.Descriptor instead.
 func (*ContextGetRequest) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_guest_proto_rawDescGZIP(), []int{15}
+	return file_wasmatrix_v1_guest_proto_rawDescGZIP(), []int{31}
 }
 
 // ContextGetResponse tells a guest who it is and what it works on.
@@ -1064,7 +2155,7 @@ type ContextGetResponse struct {
 
 func (x *ContextGetResponse) Reset() {
 	*x = ContextGetResponse{}
-	mi := &file_wasmatrix_v1_guest_proto_msgTypes[16]
+	mi := &file_wasmatrix_v1_guest_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1076,7 +2167,7 @@ func (x *ContextGetResponse) String() string {
 func (*ContextGetResponse) ProtoMessage() {}
 
 func (x *ContextGetResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_guest_proto_msgTypes[16]
+	mi := &file_wasmatrix_v1_guest_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1089,7 +2180,7 @@ func (x *ContextGetResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContextGetResponse.ProtoReflect.Descriptor instead.
 func (*ContextGetResponse) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_guest_proto_rawDescGZIP(), []int{16}
+	return file_wasmatrix_v1_guest_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ContextGetResponse) GetInstanceId() string {
@@ -1186,7 +2277,77 @@ const file_wasmatrix_v1_guest_proto_rawDesc = "" +
 	"\x06ttl_ms\x18\x05 \x01(\x04R\x05ttlMs\"C\n" +
 	"\rKvCasResponse\x12\x18\n" +
 	"\aswapped\x18\x01 \x01(\bR\aswapped\x12\x18\n" +
-	"\aversion\x18\x02 \x01(\x04R\aversion\"\xe7\x01\n" +
+	"\aversion\x18\x02 \x01(\x04R\aversion\"M\n" +
+	"\n" +
+	"HttpHeader\x12\x1e\n" +
+	"\x04name\x18\x01 \x01(\tB\n" +
+	"\xbaH\ar\x05\x10\x01\x18\x80\x02R\x04name\x12\x1f\n" +
+	"\x05value\x18\x02 \x01(\tB\t\xbaH\x06r\x04\x18\x80\x80\x04R\x05value\"\x8b\x02\n" +
+	"\vHttpRequest\x12\x1a\n" +
+	"\bprovider\x18\x01 \x01(\tR\bprovider\x12\x16\n" +
+	"\x06method\x18\x02 \x01(\tR\x06method\x12\x10\n" +
+	"\x03url\x18\x03 \x01(\tR\x03url\x122\n" +
+	"\aheaders\x18\x04 \x03(\v2\x18.wasmatrix.v1.HttpHeaderR\aheaders\x12\x12\n" +
+	"\x04body\x18\x05 \x01(\fR\x04body\x12\x1d\n" +
+	"\n" +
+	"timeout_ms\x18\x06 \x01(\rR\ttimeoutMs\x12,\n" +
+	"\x12max_response_bytes\x18\a \x01(\x04R\x10maxResponseBytes\x12!\n" +
+	"\fno_redirects\x18\b \x01(\bR\vnoRedirects\"\x80\x01\n" +
+	"\fHttpResponse\x12\x16\n" +
+	"\x06status\x18\x01 \x01(\rR\x06status\x122\n" +
+	"\aheaders\x18\x02 \x03(\v2\x18.wasmatrix.v1.HttpHeaderR\aheaders\x12\x12\n" +
+	"\x04body\x18\x03 \x01(\fR\x04body\x12\x10\n" +
+	"\x03url\x18\x04 \x01(\tR\x03url\"9\n" +
+	"\rMessageHeader\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value\"\x9a\x01\n" +
+	"\x11MsgPublishRequest\x12\x1a\n" +
+	"\bprovider\x18\x01 \x01(\tR\bprovider\x12\x18\n" +
+	"\asubject\x18\x02 \x01(\tR\asubject\x12\x18\n" +
+	"\apayload\x18\x03 \x01(\fR\apayload\x125\n" +
+	"\aheaders\x18\x04 \x03(\v2\x1b.wasmatrix.v1.MessageHeaderR\aheaders\"0\n" +
+	"\x12MsgPublishResponse\x12\x1a\n" +
+	"\bsequence\x18\x01 \x01(\x04R\bsequence\"\xb9\x01\n" +
+	"\x11MsgRequestRequest\x12\x1a\n" +
+	"\bprovider\x18\x01 \x01(\tR\bprovider\x12\x18\n" +
+	"\asubject\x18\x02 \x01(\tR\asubject\x12\x18\n" +
+	"\apayload\x18\x03 \x01(\fR\apayload\x125\n" +
+	"\aheaders\x18\x04 \x03(\v2\x1b.wasmatrix.v1.MessageHeaderR\aheaders\x12\x1d\n" +
+	"\n" +
+	"timeout_ms\x18\x05 \x01(\rR\ttimeoutMs\"e\n" +
+	"\x12MsgRequestResponse\x12\x18\n" +
+	"\apayload\x18\x01 \x01(\fR\apayload\x125\n" +
+	"\aheaders\x18\x02 \x03(\v2\x1b.wasmatrix.v1.MessageHeaderR\aheaders\"K\n" +
+	"\x13MsgSubscribeRequest\x12\x1a\n" +
+	"\bprovider\x18\x01 \x01(\tR\bprovider\x12\x18\n" +
+	"\asubject\x18\x02 \x01(\tR\asubject\"\x16\n" +
+	"\x14MsgSubscribeResponse\"M\n" +
+	"\x15MsgUnsubscribeRequest\x12\x1a\n" +
+	"\bprovider\x18\x01 \x01(\tR\bprovider\x12\x18\n" +
+	"\asubject\x18\x02 \x01(\tR\asubject\"2\n" +
+	"\x16MsgUnsubscribeResponse\x12\x18\n" +
+	"\aexisted\x18\x01 \x01(\bR\aexisted\"\x8d\x02\n" +
+	"\aMessage\x12\x18\n" +
+	"\asubject\x18\x01 \x01(\tR\asubject\x12\x18\n" +
+	"\apayload\x18\x02 \x01(\fR\apayload\x125\n" +
+	"\aheaders\x18\x03 \x03(\v2\x1b.wasmatrix.v1.MessageHeaderR\aheaders\x12\"\n" +
+	"\fsubscription\x18\x04 \x01(\tR\fsubscription\x12\x1a\n" +
+	"\bprovider\x18\x05 \x01(\tR\bprovider\x12\x1a\n" +
+	"\bdelivery\x18\x06 \x01(\rR\bdelivery\x12\x1f\n" +
+	"\vwants_reply\x18\a \x01(\bR\n" +
+	"wantsReply\x12\x1a\n" +
+	"\bsequence\x18\b \x01(\x04R\bsequence\"\x9b\x01\n" +
+	"\rMessageResult\x126\n" +
+	"\averdict\x18\x01 \x01(\x0e2\x1c.wasmatrix.v1.MessageVerdictR\averdict\x12\x14\n" +
+	"\x05reply\x18\x02 \x01(\fR\x05reply\x12$\n" +
+	"\x0eretry_after_ms\x18\x03 \x01(\x04R\fretryAfterMs\x12\x16\n" +
+	"\x06reason\x18\x04 \x01(\tR\x06reason\"i\n" +
+	"\x13ProviderCallRequest\x12\x1a\n" +
+	"\bprovider\x18\x01 \x01(\tR\bprovider\x12\x1c\n" +
+	"\toperation\x18\x02 \x01(\tR\toperation\x12\x18\n" +
+	"\apayload\x18\x03 \x01(\fR\apayload\"0\n" +
+	"\x14ProviderCallResponse\x12\x18\n" +
+	"\apayload\x18\x01 \x01(\fR\apayload\"\xe7\x01\n" +
 	"\x0fLogWriteRequest\x12,\n" +
 	"\x05level\x18\x01 \x01(\x0e2\x16.wasmatrix.v1.LogLevelR\x05level\x12\x18\n" +
 	"\amessage\x18\x02 \x01(\tR\amessage\x12M\n" +
@@ -1207,7 +2368,12 @@ const file_wasmatrix_v1_guest_proto_rawDesc = "" +
 	"generation\x12%\n" +
 	"\x0ecorrelation_id\x18\x04 \x01(\tR\rcorrelationId\x12\x1f\n" +
 	"\vdeadline_ms\x18\x05 \x01(\x04R\n" +
-	"deadlineMs*w\n" +
+	"deadlineMs*\x89\x01\n" +
+	"\x0eMessageVerdict\x12\x1f\n" +
+	"\x1bMESSAGE_VERDICT_UNSPECIFIED\x10\x00\x12\x1f\n" +
+	"\x1bMESSAGE_VERDICT_ACKNOWLEDGE\x10\x01\x12\x19\n" +
+	"\x15MESSAGE_VERDICT_RETRY\x10\x02\x12\x1a\n" +
+	"\x16MESSAGE_VERDICT_REJECT\x10\x03*w\n" +
 	"\bLogLevel\x12\x19\n" +
 	"\x15LOG_LEVEL_UNSPECIFIED\x10\x00\x12\x13\n" +
 	"\x0fLOG_LEVEL_DEBUG\x10\x01\x12\x12\n" +
@@ -1227,40 +2393,64 @@ func file_wasmatrix_v1_guest_proto_rawDescGZIP() []byte {
 	return file_wasmatrix_v1_guest_proto_rawDescData
 }
 
-var file_wasmatrix_v1_guest_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_wasmatrix_v1_guest_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
+var file_wasmatrix_v1_guest_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
+var file_wasmatrix_v1_guest_proto_msgTypes = make([]protoimpl.MessageInfo, 34)
 var file_wasmatrix_v1_guest_proto_goTypes = []any{
-	(LogLevel)(0),              // 0: wasmatrix.v1.LogLevel
-	(*InvokeRequest)(nil),      // 1: wasmatrix.v1.InvokeRequest
-	(*InvokeResponse)(nil),     // 2: wasmatrix.v1.InvokeResponse
-	(*KvGetRequest)(nil),       // 3: wasmatrix.v1.KvGetRequest
-	(*KvGetResponse)(nil),      // 4: wasmatrix.v1.KvGetResponse
-	(*KvSetRequest)(nil),       // 5: wasmatrix.v1.KvSetRequest
-	(*KvSetResponse)(nil),      // 6: wasmatrix.v1.KvSetResponse
-	(*KvDeleteRequest)(nil),    // 7: wasmatrix.v1.KvDeleteRequest
-	(*KvDeleteResponse)(nil),   // 8: wasmatrix.v1.KvDeleteResponse
-	(*KvListRequest)(nil),      // 9: wasmatrix.v1.KvListRequest
-	(*KvEntry)(nil),            // 10: wasmatrix.v1.KvEntry
-	(*KvListResponse)(nil),     // 11: wasmatrix.v1.KvListResponse
-	(*KvCasRequest)(nil),       // 12: wasmatrix.v1.KvCasRequest
-	(*KvCasResponse)(nil),      // 13: wasmatrix.v1.KvCasResponse
-	(*LogWriteRequest)(nil),    // 14: wasmatrix.v1.LogWriteRequest
-	(*LogWriteResponse)(nil),   // 15: wasmatrix.v1.LogWriteResponse
-	(*ContextGetRequest)(nil),  // 16: wasmatrix.v1.ContextGetRequest
-	(*ContextGetResponse)(nil), // 17: wasmatrix.v1.ContextGetResponse
-	nil,                        // 18: wasmatrix.v1.LogWriteRequest.AttributesEntry
-	(*Error)(nil),              // 19: wasmatrix.v1.Error
+	(MessageVerdict)(0),            // 0: wasmatrix.v1.MessageVerdict
+	(LogLevel)(0),                  // 1: wasmatrix.v1.LogLevel
+	(*InvokeRequest)(nil),          // 2: wasmatrix.v1.InvokeRequest
+	(*InvokeResponse)(nil),         // 3: wasmatrix.v1.InvokeResponse
+	(*KvGetRequest)(nil),           // 4: wasmatrix.v1.KvGetRequest
+	(*KvGetResponse)(nil),          // 5: wasmatrix.v1.KvGetResponse
+	(*KvSetRequest)(nil),           // 6: wasmatrix.v1.KvSetRequest
+	(*KvSetResponse)(nil),          // 7: wasmatrix.v1.KvSetResponse
+	(*KvDeleteRequest)(nil),        // 8: wasmatrix.v1.KvDeleteRequest
+	(*KvDeleteResponse)(nil),       // 9: wasmatrix.v1.KvDeleteResponse
+	(*KvListRequest)(nil),          // 10: wasmatrix.v1.KvListRequest
+	(*KvEntry)(nil),                // 11: wasmatrix.v1.KvEntry
+	(*KvListResponse)(nil),         // 12: wasmatrix.v1.KvListResponse
+	(*KvCasRequest)(nil),           // 13: wasmatrix.v1.KvCasRequest
+	(*KvCasResponse)(nil),          // 14: wasmatrix.v1.KvCasResponse
+	(*HttpHeader)(nil),             // 15: wasmatrix.v1.HttpHeader
+	(*HttpRequest)(nil),            // 16: wasmatrix.v1.HttpRequest
+	(*HttpResponse)(nil),           // 17: wasmatrix.v1.HttpResponse
+	(*MessageHeader)(nil),          // 18: wasmatrix.v1.MessageHeader
+	(*MsgPublishRequest)(nil),      // 19: wasmatrix.v1.MsgPublishRequest
+	(*MsgPublishResponse)(nil),     // 20: wasmatrix.v1.MsgPublishResponse
+	(*MsgRequestRequest)(nil),      // 21: wasmatrix.v1.MsgRequestRequest
+	(*MsgRequestResponse)(nil),     // 22: wasmatrix.v1.MsgRequestResponse
+	(*MsgSubscribeRequest)(nil),    // 23: wasmatrix.v1.MsgSubscribeRequest
+	(*MsgSubscribeResponse)(nil),   // 24: wasmatrix.v1.MsgSubscribeResponse
+	(*MsgUnsubscribeRequest)(nil),  // 25: wasmatrix.v1.MsgUnsubscribeRequest
+	(*MsgUnsubscribeResponse)(nil), // 26: wasmatrix.v1.MsgUnsubscribeResponse
+	(*Message)(nil),                // 27: wasmatrix.v1.Message
+	(*MessageResult)(nil),          // 28: wasmatrix.v1.MessageResult
+	(*ProviderCallRequest)(nil),    // 29: wasmatrix.v1.ProviderCallRequest
+	(*ProviderCallResponse)(nil),   // 30: wasmatrix.v1.ProviderCallResponse
+	(*LogWriteRequest)(nil),        // 31: wasmatrix.v1.LogWriteRequest
+	(*LogWriteResponse)(nil),       // 32: wasmatrix.v1.LogWriteResponse
+	(*ContextGetRequest)(nil),      // 33: wasmatrix.v1.ContextGetRequest
+	(*ContextGetResponse)(nil),     // 34: wasmatrix.v1.ContextGetResponse
+	nil,                            // 35: wasmatrix.v1.LogWriteRequest.AttributesEntry
+	(*Error)(nil),                  // 36: wasmatrix.v1.Error
 }
 var file_wasmatrix_v1_guest_proto_depIdxs = []int32{
-	19, // 0: wasmatrix.v1.InvokeResponse.error:type_name -> wasmatrix.v1.Error
-	10, // 1: wasmatrix.v1.KvListResponse.entries:type_name -> wasmatrix.v1.KvEntry
-	0,  // 2: wasmatrix.v1.LogWriteRequest.level:type_name -> wasmatrix.v1.LogLevel
-	18, // 3: wasmatrix.v1.LogWriteRequest.attributes:type_name -> wasmatrix.v1.LogWriteRequest.AttributesEntry
-	4,  // [4:4] is the sub-list for method output_type
-	4,  // [4:4] is the sub-list for method input_type
-	4,  // [4:4] is the sub-list for extension type_name
-	4,  // [4:4] is the sub-list for extension extendee
-	0,  // [0:4] is the sub-list for field type_name
+	36, // 0: wasmatrix.v1.InvokeResponse.error:type_name -> wasmatrix.v1.Error
+	11, // 1: wasmatrix.v1.KvListResponse.entries:type_name -> wasmatrix.v1.KvEntry
+	15, // 2: wasmatrix.v1.HttpRequest.headers:type_name -> wasmatrix.v1.HttpHeader
+	15, // 3: wasmatrix.v1.HttpResponse.headers:type_name -> wasmatrix.v1.HttpHeader
+	18, // 4: wasmatrix.v1.MsgPublishRequest.headers:type_name -> wasmatrix.v1.MessageHeader
+	18, // 5: wasmatrix.v1.MsgRequestRequest.headers:type_name -> wasmatrix.v1.MessageHeader
+	18, // 6: wasmatrix.v1.MsgRequestResponse.headers:type_name -> wasmatrix.v1.MessageHeader
+	18, // 7: wasmatrix.v1.Message.headers:type_name -> wasmatrix.v1.MessageHeader
+	0,  // 8: wasmatrix.v1.MessageResult.verdict:type_name -> wasmatrix.v1.MessageVerdict
+	1,  // 9: wasmatrix.v1.LogWriteRequest.level:type_name -> wasmatrix.v1.LogLevel
+	35, // 10: wasmatrix.v1.LogWriteRequest.attributes:type_name -> wasmatrix.v1.LogWriteRequest.AttributesEntry
+	11, // [11:11] is the sub-list for method output_type
+	11, // [11:11] is the sub-list for method input_type
+	11, // [11:11] is the sub-list for extension type_name
+	11, // [11:11] is the sub-list for extension extendee
+	0,  // [0:11] is the sub-list for field type_name
 }
 
 func init() { file_wasmatrix_v1_guest_proto_init() }
@@ -1274,8 +2464,8 @@ func file_wasmatrix_v1_guest_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_wasmatrix_v1_guest_proto_rawDesc), len(file_wasmatrix_v1_guest_proto_rawDesc)),
-			NumEnums:      1,
-			NumMessages:   18,
+			NumEnums:      2,
+			NumMessages:   34,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -10,6 +10,7 @@ import (
 	_ "buf.build/gen/go/bufbuild/protovalidate/protocolbuffers/go/buf/validate"
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
+	durationpb "google.golang.org/protobuf/types/known/durationpb"
 	timestamppb "google.golang.org/protobuf/types/known/timestamppb"
 	reflect "reflect"
 	sync "sync"
@@ -107,12 +108,15 @@ type ProviderSpec struct {
 	Id string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
 	// "kv", "http", "messaging" or "external".
 	Type string `protobuf:"bytes,2,opt,name=type,proto3" json:"type,omitempty"`
-	// The driver; for kv "memory" or "bbolt". Empty means the type's default.
+	// The driver: for kv "bbolt" (default), "memory", "redis" or "nats"; for messaging "embedded" (default) or "nats"; for
+	// http "direct"; for external "grpc". Empty means the type's default.
 	Driver string `protobuf:"bytes,3,opt,name=driver,proto3" json:"driver,omitempty"`
 	// The driver's settings; at most 64.
 	Config map[string]string `protobuf:"bytes,4,rep,name=config,proto3" json:"config,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// Where it may run.
-	Placement     *PlacementRules `protobuf:"bytes,5,opt,name=placement,proto3" json:"placement,omitempty"`
+	Placement *PlacementRules `protobuf:"bytes,5,opt,name=placement,proto3" json:"placement,omitempty"`
+	// How many nodes run it; 0 means 1. More than 1 only with a driver that keeps no state on its node.
+	Replicas      uint32 `protobuf:"varint,6,opt,name=replicas,proto3" json:"replicas,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -182,6 +186,13 @@ func (x *ProviderSpec) GetPlacement() *PlacementRules {
 	return nil
 }
 
+func (x *ProviderSpec) GetReplicas() uint32 {
+	if x != nil {
+		return x.Replicas
+	}
+	return 0
+}
+
 // ProviderStatus is what was observed of a provider.
 type ProviderStatus struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -192,7 +203,11 @@ type ProviderStatus struct {
 	// One line for people, such as why the driver did not open.
 	Message string `protobuf:"bytes,3,opt,name=message,proto3" json:"message,omitempty"`
 	// When the state last changed.
-	ChangedAt     *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=changed_at,json=changedAt,proto3" json:"changed_at,omitempty"`
+	ChangedAt *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=changed_at,json=changedAt,proto3" json:"changed_at,omitempty"`
+	// Calls under way when it began to drain.
+	CallsInFlight uint32 `protobuf:"varint,5,opt,name=calls_in_flight,json=callsInFlight,proto3" json:"calls_in_flight,omitempty"`
+	// The spec_version that the driver was opened with.
+	SpecVersion   uint64 `protobuf:"varint,6,opt,name=spec_version,json=specVersion,proto3" json:"spec_version,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -255,7 +270,22 @@ func (x *ProviderStatus) GetChangedAt() *timestamppb.Timestamp {
 	return nil
 }
 
-// Provider is one capability provider as the registry knows it.
+func (x *ProviderStatus) GetCallsInFlight() uint32 {
+	if x != nil {
+		return x.CallsInFlight
+	}
+	return 0
+}
+
+func (x *ProviderStatus) GetSpecVersion() uint64 {
+	if x != nil {
+		return x.SpecVersion
+	}
+	return 0
+}
+
+// Provider is one replica of a capability provider as the registry knows it. All
+// replicas of a provider have the same id and spec; each is on a node of its own.
 type Provider struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The provider's id.
@@ -275,7 +305,11 @@ type Provider struct {
 	// The Raft index of the last change of this record.
 	ModifiedIndex uint64 `protobuf:"varint,8,opt,name=modified_index,json=modifiedIndex,proto3" json:"modified_index,omitempty"`
 	// Grows with each change of the spec; an agent reopens the driver when it grows.
-	SpecVersion   uint64 `protobuf:"varint,9,opt,name=spec_version,json=specVersion,proto3" json:"spec_version,omitempty"`
+	SpecVersion uint64 `protobuf:"varint,9,opt,name=spec_version,json=specVersion,proto3" json:"spec_version,omitempty"`
+	// Tells the replicas of one provider apart, from 0.
+	Replica uint32 `protobuf:"varint,10,opt,name=replica,proto3" json:"replica,omitempty"`
+	// How long calls in flight may take to finish once a stop was asked for; unset means 10s.
+	StopGrace     *durationpb.Duration `protobuf:"bytes,11,opt,name=stop_grace,json=stopGrace,proto3" json:"stop_grace,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -373,6 +407,20 @@ func (x *Provider) GetSpecVersion() uint64 {
 	return 0
 }
 
+func (x *Provider) GetReplica() uint32 {
+	if x != nil {
+		return x.Replica
+	}
+	return 0
+}
+
+func (x *Provider) GetStopGrace() *durationpb.Duration {
+	if x != nil {
+		return x.StopGrace
+	}
+	return nil
+}
+
 // CapabilityAssignment lets one instance use one provider.
 type CapabilityAssignment struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -388,6 +436,9 @@ type CapabilityAssignment struct {
 	CorrelationId string `protobuf:"bytes,5,opt,name=correlation_id,json=correlationId,proto3" json:"correlation_id,omitempty"`
 	// The Raft index of the last change of this record.
 	ModifiedIndex uint64 `protobuf:"varint,6,opt,name=modified_index,json=modifiedIndex,proto3" json:"modified_index,omitempty"`
+	// The subjects that the instance is subscribed to at a messaging provider, wildcards allowed, in order; at most 64. One
+	// counts only while a permission covers it.
+	Subscriptions []string `protobuf:"bytes,7,rep,name=subscriptions,proto3" json:"subscriptions,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -464,20 +515,28 @@ func (x *CapabilityAssignment) GetModifiedIndex() uint64 {
 	return 0
 }
 
+func (x *CapabilityAssignment) GetSubscriptions() []string {
+	if x != nil {
+		return x.Subscriptions
+	}
+	return nil
+}
+
 var File_wasmatrix_v1_provider_proto protoreflect.FileDescriptor
 
 const file_wasmatrix_v1_provider_proto_rawDesc = "" +
 	"\n" +
-	"\x1bwasmatrix/v1/provider.proto\x12\fwasmatrix.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bwasmatrix/v1/instance.proto\"\xf6\x02\n" +
+	"\x1bwasmatrix/v1/provider.proto\x12\fwasmatrix.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bwasmatrix/v1/instance.proto\"\x9b\x03\n" +
 	"\fProviderSpec\x12;\n" +
 	"\x02id\x18\x01 \x01(\tB+\xbaH(r&2$^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$R\x02id\x128\n" +
 	"\x04type\x18\x02 \x01(\tB$\xbaH!r\x1fR\x02kvR\x04httpR\tmessagingR\bexternalR\x04type\x12\x1f\n" +
 	"\x06driver\x18\x03 \x01(\tB\a\xbaH\x04r\x02\x18?R\x06driver\x12W\n" +
 	"\x06config\x18\x04 \x03(\v2&.wasmatrix.v1.ProviderSpec.ConfigEntryB\x17\xbaH\x14\x9a\x01\x11\x10@\"\x06r\x04\x10\x01\x18?*\x05r\x03\x18\x80 R\x06config\x12:\n" +
-	"\tplacement\x18\x05 \x01(\v2\x1c.wasmatrix.v1.PlacementRulesR\tplacement\x1a9\n" +
+	"\tplacement\x18\x05 \x01(\v2\x1c.wasmatrix.v1.PlacementRulesR\tplacement\x12#\n" +
+	"\breplicas\x18\x06 \x01(\rB\a\xbaH\x04*\x02\x18\x10R\breplicas\x1a9\n" +
 	"\vConfigEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xb8\x01\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x83\x02\n" +
 	"\x0eProviderStatus\x121\n" +
 	"\x05state\x18\x01 \x01(\x0e2\x1b.wasmatrix.v1.ProviderStateR\x05state\x12\x1e\n" +
 	"\n" +
@@ -485,7 +544,9 @@ const file_wasmatrix_v1_provider_proto_rawDesc = "" +
 	"generation\x12\x18\n" +
 	"\amessage\x18\x03 \x01(\tR\amessage\x129\n" +
 	"\n" +
-	"changed_at\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\tchangedAt\"\x8a\x03\n" +
+	"changed_at\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\tchangedAt\x12&\n" +
+	"\x0fcalls_in_flight\x18\x05 \x01(\rR\rcallsInFlight\x12!\n" +
+	"\fspec_version\x18\x06 \x01(\x04R\vspecVersion\"\xde\x03\n" +
 	"\bProvider\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12.\n" +
 	"\x04spec\x18\x02 \x01(\v2\x1a.wasmatrix.v1.ProviderSpecR\x04spec\x12'\n" +
@@ -496,7 +557,11 @@ const file_wasmatrix_v1_provider_proto_rawDesc = "" +
 	"created_at\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\tcreatedAt\x12#\n" +
 	"\rcreated_index\x18\a \x01(\x04R\fcreatedIndex\x12%\n" +
 	"\x0emodified_index\x18\b \x01(\x04R\rmodifiedIndex\x12!\n" +
-	"\fspec_version\x18\t \x01(\x04R\vspecVersion\"\xe0\x01\n" +
+	"\fspec_version\x18\t \x01(\x04R\vspecVersion\x12\x18\n" +
+	"\areplica\x18\n" +
+	" \x01(\rR\areplica\x128\n" +
+	"\n" +
+	"stop_grace\x18\v \x01(\v2\x19.google.protobuf.DurationR\tstopGrace\"\x86\x02\n" +
 	"\x14CapabilityAssignment\x12\x1f\n" +
 	"\vinstance_id\x18\x01 \x01(\tR\n" +
 	"instanceId\x12\x1f\n" +
@@ -505,7 +570,8 @@ const file_wasmatrix_v1_provider_proto_rawDesc = "" +
 	"\vpermissions\x18\x03 \x03(\tR\vpermissions\x12\x16\n" +
 	"\x06bucket\x18\x04 \x01(\tR\x06bucket\x12%\n" +
 	"\x0ecorrelation_id\x18\x05 \x01(\tR\rcorrelationId\x12%\n" +
-	"\x0emodified_index\x18\x06 \x01(\x04R\rmodifiedIndex*\x94\x02\n" +
+	"\x0emodified_index\x18\x06 \x01(\x04R\rmodifiedIndex\x12$\n" +
+	"\rsubscriptions\x18\a \x03(\tR\rsubscriptions*\x94\x02\n" +
 	"\rProviderState\x12\x1e\n" +
 	"\x1aPROVIDER_STATE_UNSPECIFIED\x10\x00\x12\x1a\n" +
 	"\x16PROVIDER_STATE_PENDING\x10 \x12\x1b\n" +
@@ -541,6 +607,7 @@ var file_wasmatrix_v1_provider_proto_goTypes = []any{
 	(*PlacementRules)(nil),        // 6: wasmatrix.v1.PlacementRules
 	(*timestamppb.Timestamp)(nil), // 7: google.protobuf.Timestamp
 	(*Placement)(nil),             // 8: wasmatrix.v1.Placement
+	(*durationpb.Duration)(nil),   // 9: google.protobuf.Duration
 }
 var file_wasmatrix_v1_provider_proto_depIdxs = []int32{
 	5, // 0: wasmatrix.v1.ProviderSpec.config:type_name -> wasmatrix.v1.ProviderSpec.ConfigEntry
@@ -551,11 +618,12 @@ var file_wasmatrix_v1_provider_proto_depIdxs = []int32{
 	8, // 5: wasmatrix.v1.Provider.placement:type_name -> wasmatrix.v1.Placement
 	2, // 6: wasmatrix.v1.Provider.status:type_name -> wasmatrix.v1.ProviderStatus
 	7, // 7: wasmatrix.v1.Provider.created_at:type_name -> google.protobuf.Timestamp
-	8, // [8:8] is the sub-list for method output_type
-	8, // [8:8] is the sub-list for method input_type
-	8, // [8:8] is the sub-list for extension type_name
-	8, // [8:8] is the sub-list for extension extendee
-	0, // [0:8] is the sub-list for field type_name
+	9, // 8: wasmatrix.v1.Provider.stop_grace:type_name -> google.protobuf.Duration
+	9, // [9:9] is the sub-list for method output_type
+	9, // [9:9] is the sub-list for method input_type
+	9, // [9:9] is the sub-list for extension type_name
+	9, // [9:9] is the sub-list for extension extendee
+	0, // [0:9] is the sub-list for field type_name
 }
 
 func init() { file_wasmatrix_v1_provider_proto_init() }
