@@ -160,47 +160,25 @@ func (p *Peer) mayJoin(req *pb.JoinRequest) error {
 // sender's, and is refused where another one is known. A peer that has no identity
 // yet is let through, both ways.
 type border struct {
-	raft.Transport
-	preVote  raft.WithPreVote
-	consumer chan raft.RPC
-	mine     *incarnation
+	hop
+	mine *incarnation
 }
 
-var (
-	_ raft.WithPreVote = (*border)(nil)
-	_ raft.WithClose   = (*border)(nil)
-)
-
 func newBorder(inner raft.Transport, mine *incarnation) (*border, error) {
-	preVote, ok := inner.(raft.WithPreVote)
-	if !ok {
-		return nil, fmt.Errorf("%w: the raft transport cannot ask for pre-votes", ErrConfig)
-	}
-	return &border{Transport: inner, preVote: preVote, consumer: make(chan raft.RPC), mine: mine}, nil
+	h, err := newHop(inner)
+	return &border{hop: h, mine: mine}, err
 }
 
 // run passes on the messages that may come in until ctx ends.
 func (b *border) run(ctx context.Context) {
-	for {
-		select {
-		case <-ctx.Done():
+	b.each(ctx, func(rpc raft.RPC) {
+		if err := b.enter(&rpc); err != nil {
+			rpc.Respond(nil, err)
 			return
-		case rpc := <-b.Transport.Consumer():
-			if err := b.enter(&rpc); err != nil {
-				rpc.Respond(nil, err)
-				continue
-			}
-			select {
-			case <-ctx.Done():
-				return
-			case b.consumer <- rpc:
-			}
 		}
-	}
+		b.pass(ctx, rpc)
+	})
 }
-
-// Consumer returns the messages that may come in.
-func (b *border) Consumer() <-chan raft.RPC { return b.consumer }
 
 // SetHeartbeatHandler lets heartbeats past the queue, but not past the border.
 func (b *border) SetHeartbeatHandler(handle func(raft.RPC)) {
@@ -287,12 +265,4 @@ func (b *border) TimeoutNow(id raft.ServerID, target raft.ServerAddress, args *r
 	out := *args
 	out.RPCHeader = b.leave(args.RPCHeader)
 	return b.Transport.TimeoutNow(id, target, &out, resp)
-}
-
-// Close closes the transport below, if it can be closed.
-func (b *border) Close() error {
-	if c, ok := b.Transport.(raft.WithClose); ok {
-		return c.Close()
-	}
-	return nil
 }

@@ -235,7 +235,7 @@ func TestHeraldTellsWhatIsCommittedOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		_, inner := raft.NewInmemTransport("n1")
 		wire := &sentMessages{LoopbackTransport: inner}
-		g := &guard{Transport: wire, synced: func() error { return nil }}
+		g := &guard{hop: hop{Transport: wire}, synced: func() error { return nil }}
 		var committed, last atomic.Uint64
 		committed.Store(6)
 		last.Store(7)

@@ -191,15 +191,15 @@ func (p *Peer) open() (_ *node, err error) {
 	if n.storage, err = openStorage(p.cfg, p.watchDisk(n.guard)); err != nil {
 		return nil, err
 	}
-	p.disk.space.Store(n.storage.space)
-	if err = p.incarnation.open(n.storage.stable); err != nil {
-		return nil, errors.Join(err, n.storage.close())
-	}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, n.storage.close())
 		}
 	}()
+	p.disk.space.Store(n.storage.space)
+	if err = p.incarnation.open(n.storage.stable); err != nil {
+		return nil, err
+	}
 	if n.settle, err = n.storage.unsettled(); err != nil {
 		return nil, err
 	}

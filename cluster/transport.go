@@ -26,11 +26,9 @@ var (
 // guard stands between Raft and its transport. It keeps a peer that forgot its
 // past from voting, and a leader whose disk hangs from looking healthy.
 type guard struct {
-	raft.Transport
-	preVote  raft.WithPreVote
-	consumer chan raft.RPC
-	mayVote  *atomic.Bool
-	seals    atomic.Int32
+	hop
+	mayVote *atomic.Bool
+	seals   atomic.Int32
 	// synced waits until this peer has on disk all entries that it has counted,
 	// sent or acknowledged; see parallelLogs. Set it before Raft starts.
 	synced func() error
@@ -38,37 +36,21 @@ type guard struct {
 	stand func() error
 }
 
-var (
-	_ raft.WithPreVote = (*guard)(nil)
-	_ raft.WithClose   = (*guard)(nil)
-)
-
 func newGuard(inner raft.Transport, mayVote *atomic.Bool) (*guard, error) {
-	preVote, ok := inner.(raft.WithPreVote)
-	if !ok {
-		return nil, fmt.Errorf("%w: the raft transport cannot ask for pre-votes", ErrConfig)
-	}
-	return &guard{Transport: inner, preVote: preVote, consumer: make(chan raft.RPC), mayVote: mayVote, synced: func() error { return nil }, stand: func() error { return nil }}, nil
+	h, err := newHop(inner)
+	nothing := func() error { return nil }
+	return &guard{hop: h, mayVote: mayVote, synced: nothing, stand: nothing}, err
 }
 
 // run passes incoming messages to Raft until ctx ends.
 func (g *guard) run(ctx context.Context) {
-	for {
-		select {
-		case <-ctx.Done():
+	g.each(ctx, func(rpc raft.RPC) {
+		if g.refuses(rpc.Command) {
+			rpc.Respond(nil, errNoVotes)
 			return
-		case rpc := <-g.Transport.Consumer():
-			if g.refuses(rpc.Command) {
-				rpc.Respond(nil, errNoVotes)
-				continue
-			}
-			select {
-			case <-ctx.Done():
-				return
-			case g.consumer <- g.held(ctx, rpc):
-			}
 		}
-	}
+		g.pass(ctx, g.held(ctx, rpc))
+	})
 }
 
 // held makes the answer to entries wait until they are on disk. Those that a
@@ -114,9 +96,6 @@ func (g *guard) check() error {
 	}
 	return nil
 }
-
-// Consumer returns the messages that Raft shall handle.
-func (g *guard) Consumer() <-chan raft.RPC { return g.consumer }
 
 // AppendEntriesPipeline is refused: pipelining can wedge a follower.
 func (g *guard) AppendEntriesPipeline(raft.ServerID, raft.ServerAddress) (raft.AppendPipeline, error) {
@@ -174,14 +153,6 @@ func (g *guard) TimeoutNow(id raft.ServerID, target raft.ServerAddress, args *ra
 		return err
 	}
 	return g.Transport.TimeoutNow(id, target, args, resp)
-}
-
-// Close closes the transport below, if it can be closed.
-func (g *guard) Close() error {
-	if c, ok := g.Transport.(raft.WithClose); ok {
-		return c.Close()
-	}
-	return nil
 }
 
 // named joins a peer's id and an address, so that who is meant travels with

@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"net"
 	"sync"
@@ -38,10 +37,8 @@ const nudgeStep = time.Millisecond
 // waiting instead of being refused. All of that only moves or loses messages and
 // moves timers, which Raft allows anybody.
 type vigil struct {
-	raft.Transport
-	preVote  raft.WithPreVote
-	consumer chan raft.RPC
-	id       raft.ServerID
+	hop
+	id raft.ServerID
 	// limit is the heartbeat timeout.
 	limit time.Duration
 	// raft returns nil before Raft has started.
@@ -61,58 +58,35 @@ type question struct {
 	granted bool
 }
 
-var (
-	_ raft.WithPreVote = (*vigil)(nil)
-	_ raft.WithClose   = (*vigil)(nil)
-)
-
 // newVigil puts a vigil of the peer id between Raft and a transport.
 func newVigil(inner raft.Transport, id string, limit time.Duration, changed *signal, r func() *raft.Raft) (*vigil, error) {
-	preVote, ok := inner.(raft.WithPreVote)
-	if !ok {
-		return nil, fmt.Errorf("%w: the raft transport cannot ask for pre-votes", ErrConfig)
-	}
+	h, err := newHop(inner)
 	return &vigil{
-		Transport: inner, preVote: preVote, consumer: make(chan raft.RPC),
-		id: raft.ServerID(id), limit: limit, changed: changed, raft: r, lost: newLost(limit), asking: map[raft.ServerID]*question{},
-	}, nil
+		hop: h, id: raft.ServerID(id), limit: limit, changed: changed, raft: r, lost: newLost(limit),
+		asking: map[raft.ServerID]*question{},
+	}, err
 }
 
 // run passes incoming messages on until ctx ends.
 func (v *vigil) run(ctx context.Context) {
 	var held sync.WaitGroup
 	defer held.Wait()
-	for {
-		select {
-		case <-ctx.Done():
+	v.each(ctx, func(rpc raft.RPC) {
+		req, ok := rpc.Command.(*raft.RequestPreVoteRequest)
+		if !ok {
+			v.pass(ctx, rpc)
 			return
-		case rpc := <-v.Transport.Consumer():
-			req, ok := rpc.Command.(*raft.RequestPreVoteRequest)
-			if !ok {
-				v.pass(ctx, rpc)
-				continue
-			}
-			// It may have to wait, and nothing else shall wait for it.
-			held.Go(func() {
-				if err := v.admit(ctx, req); err != nil {
-					rpc.Respond(nil, err)
-					return
-				}
-				v.pass(ctx, rpc)
-			})
 		}
-	}
+		// It may have to wait, and nothing else shall wait for it.
+		held.Go(func() {
+			if err := v.admit(ctx, req); err != nil {
+				rpc.Respond(nil, err)
+				return
+			}
+			v.pass(ctx, rpc)
+		})
+	})
 }
-
-func (v *vigil) pass(ctx context.Context, rpc raft.RPC) {
-	select {
-	case <-ctx.Done():
-	case v.consumer <- rpc:
-	}
-}
-
-// Consumer returns the messages that Raft shall handle.
-func (v *vigil) Consumer() <-chan raft.RPC { return v.consumer }
 
 // AppendEntries sends entries, or a heartbeat. Entries for a follower that is lost
 // wait until it is back.
@@ -166,14 +140,6 @@ func again(send func() error) error {
 		}
 	}
 	return send()
-}
-
-// Close closes the transport below, if it can be closed.
-func (v *vigil) Close() error {
-	if c, ok := v.Transport.(raft.WithClose); ok {
-		return c.Close()
-	}
-	return nil
 }
 
 // watch has Raft look at the last contact whenever that is a heartbeat timeout
