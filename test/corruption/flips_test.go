@@ -23,6 +23,7 @@ import (
 	"github.com/wasmatrix/wasmatrix/cluster/modules"
 	"github.com/wasmatrix/wasmatrix/identity"
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
+	"github.com/wasmatrix/wasmatrix/test/harness"
 )
 
 var (
@@ -104,10 +105,16 @@ func populate(t *testing.T, dir string) {
 	done := make(chan error, 1)
 	go func() { done <- p.Run(ctx) }()
 	wait := func(what string, ok func() bool) {
-		for deadline := time.Now().Add(20 * time.Second); !ok(); time.Sleep(5 * time.Millisecond) {
-			if time.Now().After(deadline) {
-				t.Fatalf("no %s", what)
+		bounded, cancel := context.WithTimeout(ctx, 20*time.Second)
+		defer cancel()
+		err := harness.Until(bounded, "a "+what, func(context.Context) error {
+			if !ok() {
+				return errors.New("there is none")
 			}
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
 		}
 	}
 	wait("leader", p.IsLeader)

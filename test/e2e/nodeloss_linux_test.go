@@ -70,7 +70,9 @@ func TestNodeCutOff(t *testing.T) {
 	keep := startLedger(t, c, "keep")
 	stop := startLedger(t, c, "stop", func(s *pb.WorkloadSpec) { s.OnDisconnect = "stop" })
 	var took []time.Duration
-	for round := range rounds(t, roundsVariable, 2) {
+	wanted := rounds(t, roundsVariable, 2)
+	// A round in which another peer came to lead shows nothing and is made again, within a bound.
+	for round := 0; len(took) < wanted && round < 3*wanted; round++ {
 		in := keep.settled()
 		stop.settled()
 		victim, other := hostOf(in.Placement.NodeId), 5-hostOf(in.Placement.NodeId)
@@ -90,13 +92,13 @@ func TestNodeCutOff(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if len(took) == 0 {
-		t.Skip("no leader stayed for the length of a lease: the machine is too busy for this test")
-	}
 	keep.settled()
 	stop.settled()
 	keep.verify()
 	stop.verify()
+	if len(took) == 0 {
+		t.Fatal("no leader stayed for the length of a lease in any round: nothing was seen to move")
+	}
 	t.Logf("cut-off to %d effects elsewhere, %d rounds: %s", effectsBefore, len(took), distribution(took))
 }
 
