@@ -22,6 +22,7 @@ import (
 	"google.golang.org/grpc/test/bufconn"
 
 	"github.com/wasmatrix/wasmatrix/correlation"
+	"github.com/wasmatrix/wasmatrix/guestabi/modulestest"
 	"github.com/wasmatrix/wasmatrix/identity"
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
 	"github.com/wasmatrix/wasmatrix/provider"
@@ -278,7 +279,7 @@ func bubble(t *testing.T, f func(t *testing.T, n *network, leader *fakePeer)) {
 	})
 }
 
-var testModule = wasmModule(nil, []string{"wasmatrix_on_invoke"})
+var testModule = modulestest.Reactor()
 
 // instance is a workload's instance as the registry assigns it to the node.
 func instance(leader *fakePeer, id string, change ...func(*pb.Instance)) *pb.Instance {

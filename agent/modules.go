@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sync/singleflight"
 
 	"github.com/wasmatrix/wasmatrix/apierror"
+	"github.com/wasmatrix/wasmatrix/guestabi"
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
 )
 
@@ -195,12 +196,12 @@ func (s *moduleStore) isCommand(digest string) (bool, error) {
 		return false, fmt.Errorf("opening a module: %w", err)
 	}
 	defer f.Close()
-	info, err := inspect(f)
-	if err != nil && !errors.Is(err, errNotModule) {
-		return false, err
+	info, err := guestabi.Inspect(f)
+	if refused := (*apierror.Error)(nil); err != nil && !errors.As(err, &refused) {
+		return false, fmt.Errorf("reading a module: %w", err)
 	}
-	s.command[digest] = info.command()
-	return info.command(), nil
+	s.command[digest] = info.GetKind() == pb.ModuleKind_MODULE_KIND_COMMAND
+	return s.command[digest], nil
 }
 
 // store writes what from delivers, atomically and durably, and returns its

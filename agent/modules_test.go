@@ -10,6 +10,8 @@ import (
 	"sync"
 	"testing"
 	"testing/synctest"
+
+	"github.com/wasmatrix/wasmatrix/guestabi/modulestest"
 )
 
 func testStore(t *testing.T, n *network) *moduleStore {
@@ -28,7 +30,7 @@ func TestAModuleIsFetchedOnceAndKept(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		n := newNetwork(t)
 		p := n.peer("p1")
-		digest := p.add(wasmModule(nil, []string{"_start"}))
+		digest := p.add(modulestest.Command())
 		s := testStore(t, n)
 		var wg sync.WaitGroup
 		for range 20 {

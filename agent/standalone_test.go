@@ -14,6 +14,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/wasmatrix/wasmatrix/apierror"
+	"github.com/wasmatrix/wasmatrix/guestabi/modulestest"
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
 	"github.com/wasmatrix/wasmatrix/runtime"
 )
@@ -194,13 +195,13 @@ func TestStandaloneRequestsAreChecked(t *testing.T) {
 
 func TestStandaloneUploads(t *testing.T) {
 	alone(t, func(t *testing.T, agent *node, client pb.NodeAgentServiceClient, ctx context.Context) {
-		data := wasmModule([]string{"f"}, []string{"_start"})
+		data := modulestest.Command("wasi_snapshot_preview1 proc_exit")
 		m, err := upload(client, ctx, data)
 		if err != nil {
 			t.Fatal(err)
 		}
 		if m.GetKind() != pb.ModuleKind_MODULE_KIND_COMMAND || m.GetName() != "m.wasm" || m.GetSizeBytes() != uint64(len(data)) ||
-			!slices.Equal(m.GetImports(), []string{"env f"}) || !slices.Equal(m.GetExports(), []string{"_start"}) {
+			!slices.Equal(m.GetImports(), []string{"wasi_snapshot_preview1 proc_exit"}) || !slices.Equal(m.GetExports(), []string{"_start"}) {
 			t.Fatalf("stored %v", m)
 		}
 		for name, upload := range map[string]func() (*pb.Module, error){

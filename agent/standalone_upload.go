@@ -9,6 +9,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/wasmatrix/wasmatrix/apierror"
+	"github.com/wasmatrix/wasmatrix/guestabi"
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
 )
 
@@ -63,12 +64,11 @@ func (s *standalone) uploaded(digest string, header *pb.UploadModuleHeader) (*pb
 		return nil, fmt.Errorf("opening a module: %w", err)
 	}
 	defer f.Close()
-	info, err := inspect(f)
+	module, err := guestabi.Inspect(f)
 	if err != nil {
-		return nil, errors.Join(apierror.New(pb.ErrorCode_ERROR_CODE_INVALID_REQUEST, "%s", err), os.Remove(f.Name()))
+		return nil, errors.Join(err, os.Remove(f.Name()))
 	}
-	return &pb.UploadModuleResponse{Module: &pb.Module{
-		Digest: digest, SizeBytes: header.GetSizeBytes(), Name: header.GetName(), Kind: info.kind(),
-		Imports: info.imports, Exports: info.exports, CreatedAt: timestamppb.New(s.now()),
-	}}, nil
+	module.Digest, module.SizeBytes, module.Name = digest, header.GetSizeBytes(), header.GetName()
+	module.CreatedAt = timestamppb.New(s.now())
+	return &pb.UploadModuleResponse{Module: module}, nil
 }

@@ -22,9 +22,10 @@ import (
 
 	"github.com/wasmatrix/wasmatrix/apierror"
 	"github.com/wasmatrix/wasmatrix/cluster/modules"
-	"github.com/wasmatrix/wasmatrix/cluster/modules/modulestest"
 	"github.com/wasmatrix/wasmatrix/correlation"
 	"github.com/wasmatrix/wasmatrix/fsm"
+	"github.com/wasmatrix/wasmatrix/guestabi"
+	"github.com/wasmatrix/wasmatrix/guestabi/modulestest"
 	"github.com/wasmatrix/wasmatrix/identity"
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
 )
@@ -260,7 +261,7 @@ func (p *testPeer) register(id string) {
 // addModule registers a module and returns its digest.
 func (p *testPeer) addModule(wasm []byte) string {
 	p.t.Helper()
-	m, err := modules.Inspect(bytes.NewReader(wasm))
+	m, err := guestabi.Inspect(bytes.NewReader(wasm))
 	if err != nil {
 		p.t.Fatal(err)
 	}

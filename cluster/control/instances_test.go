@@ -13,7 +13,7 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/wasmatrix/wasmatrix/apierror"
-	"github.com/wasmatrix/wasmatrix/cluster/modules/modulestest"
+	"github.com/wasmatrix/wasmatrix/guestabi/modulestest"
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
 )
 

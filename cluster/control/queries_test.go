@@ -6,7 +6,7 @@ import (
 	"testing"
 
 	"github.com/wasmatrix/wasmatrix/apierror"
-	"github.com/wasmatrix/wasmatrix/cluster/modules/modulestest"
+	"github.com/wasmatrix/wasmatrix/guestabi/modulestest"
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
 )
 

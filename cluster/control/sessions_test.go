@@ -9,8 +9,8 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/wasmatrix/wasmatrix/apierror"
-	"github.com/wasmatrix/wasmatrix/cluster/modules/modulestest"
 	"github.com/wasmatrix/wasmatrix/fsm"
+	"github.com/wasmatrix/wasmatrix/guestabi/modulestest"
 	"github.com/wasmatrix/wasmatrix/identity"
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
 )

@@ -10,7 +10,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/wasmatrix/wasmatrix/apierror"
-	"github.com/wasmatrix/wasmatrix/cluster/modules/modulestest"
+	"github.com/wasmatrix/wasmatrix/guestabi/modulestest"
 	"github.com/wasmatrix/wasmatrix/identity"
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
 )

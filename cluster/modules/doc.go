@@ -1,6 +1,6 @@
 // Package modules keeps the bytes of wasm modules on the disks of the
 // control-plane peers, under their digest. The replicated state holds only what
-// Inspect reads from a module; the bytes never enter the Raft log.
+// guestabi.Inspect reads from a module; the bytes never enter the Raft log.
 //
 // A Store is one peer's disk. A Replicator brings an upload to a majority of the
 // voters before it is registered, and pulls what this peer lacks from the

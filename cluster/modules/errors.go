@@ -4,6 +4,7 @@ import (
 	"errors"
 
 	"github.com/wasmatrix/wasmatrix/apierror"
+	"github.com/wasmatrix/wasmatrix/guestabi"
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
 )
 
@@ -40,7 +41,7 @@ func APIError(err error) error {
 		return apierror.New(pb.ErrorCode_ERROR_CODE_INVALID_REQUEST, "%s", err).
 			Next("compute the digest again, or leave it out")
 	case errors.Is(err, ErrEmpty):
-		return emptyModule()
+		return guestabi.Empty()
 	case errors.Is(err, ErrTooLarge):
 		return apierror.New(pb.ErrorCode_ERROR_CODE_INVALID_REQUEST, "%s", err).
 			Next("build it without debug information, such as with -ldflags '-s -w' or wasm-strip")

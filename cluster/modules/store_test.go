@@ -15,7 +15,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/wasmatrix/wasmatrix/apierror"
-	"github.com/wasmatrix/wasmatrix/cluster/modules/modulestest"
+	"github.com/wasmatrix/wasmatrix/guestabi/modulestest"
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
 )
 

@@ -5,33 +5,13 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/wasmatrix/wasmatrix/guestabi"
 	"github.com/wasmatrix/wasmatrix/runtime"
 	"github.com/wasmatrix/wasmatrix/runtime/wasm/module"
 )
 
-// Names of the guest interface, version 1.
-const (
-	moduleWASI   = "wasi_snapshot_preview1"
-	modulePrefix = "wasmatrix:"
-	abiVersion   = "v1"
-	moduleResult = modulePrefix + "result/" + abiVersion
-
-	exportMemory     = "memory"
-	exportStart      = "_start"
-	exportInitialize = "_initialize"
-	exportAlloc      = "wasmatrix_alloc"
-	exportDrain      = "wasmatrix_on_drain"
-)
-
 // capabilities are the import modules "wasmatrix:<name>/v1" and their functions.
-var capabilities = map[string][]string{
-	"kv":        {"get", "set", "delete", "list", "cas"},
-	"http":      {"request"},
-	"messaging": {"publish", "request", "subscribe", "unsubscribe"},
-	"provider":  {"call"},
-	"log":       {"write"},
-	"context":   {"get"},
-}
+var capabilities = guestabi.Capabilities()
 
 var (
 	typeCapability = module.FuncType{
@@ -76,41 +56,41 @@ func inspect(m *module.Module, wasi map[string]module.FuncType) (shape, error) {
 			s.handlers = append(s.handlers, h)
 		}
 	}
-	start, isCommand := m.Export(exportStart, module.Function)
-	_, hasMemory := m.Export(exportMemory, module.Memory)
+	start, isCommand := m.Export(guestabi.Start, module.Function)
+	_, hasMemory := m.Export(guestabi.Memory, module.Memory)
 	switch {
 	case isCommand && len(s.handlers) > 0:
-		return shape{}, fmt.Errorf("the module exports both %s and %s; a command exports the first, a reactor the second", exportStart, s.handlers[0])
+		return shape{}, fmt.Errorf("the module exports both %s and %s; a command exports the first, a reactor the second", guestabi.Start, s.handlers[0])
 	case isCommand:
 		s.command = true
 		if len(m.Imports()) > 0 && !hasMemory {
-			return shape{}, fmt.Errorf("the module does not export its memory as %q", exportMemory)
+			return shape{}, fmt.Errorf("the module does not export its memory as %q", guestabi.Memory)
 		}
 		return s, wantType(start, typeNothing)
 	case len(s.handlers) == 0:
-		return shape{}, fmt.Errorf("the module exports neither %s nor a handler (%s); build it as a command or with a wasmatrix guest SDK", exportStart, joined(handlers))
+		return shape{}, fmt.Errorf("the module exports neither %s nor a handler (%s); build it as a command or with a wasmatrix guest SDK", guestabi.Start, joined(handlers))
 	case !hasMemory:
-		return shape{}, fmt.Errorf("the module does not export its memory as %q", exportMemory)
+		return shape{}, fmt.Errorf("the module does not export its memory as %q", guestabi.Memory)
 	}
 	return s, s.reactor(m)
 }
 
 // reactor checks the exports that only reactors have.
 func (s *shape) reactor(m *module.Module) error {
-	alloc, ok := m.Export(exportAlloc, module.Function)
+	alloc, ok := m.Export(guestabi.Alloc, module.Function)
 	if !ok {
-		return fmt.Errorf("the module exports %s but not %s, which hands out room for the input", s.handlers[0], exportAlloc)
+		return fmt.Errorf("the module exports %s but not %s, which hands out room for the input", s.handlers[0], guestabi.Alloc)
 	}
 	if err := wantType(alloc, typeAlloc); err != nil {
 		return err
 	}
-	if e, ok := m.Export(exportDrain, module.Function); ok {
+	if e, ok := m.Export(guestabi.Drain, module.Function); ok {
 		s.drain = true
 		if err := wantType(e, typeDrain); err != nil {
 			return err
 		}
 	}
-	if e, ok := m.Export(exportInitialize, module.Function); ok {
+	if e, ok := m.Export(guestabi.Initialize, module.Function); ok {
 		s.initialize = true
 		return wantType(e, typeNothing)
 	}
@@ -151,25 +131,25 @@ func checkImports(imports []module.Import, wasi map[string]module.FuncType) erro
 // importType finds the type of an imported function, or says what is wrong with
 // its name and what to do.
 func importType(i module.Import, wasi map[string]module.FuncType) (module.FuncType, error) {
-	if i.Module == moduleWASI {
+	if i.Module == guestabi.WASI {
 		if t, ok := wasi[i.Name]; ok {
 			return t, nil
 		}
 		return module.FuncType{}, fmt.Errorf("the module imports %q %q, which is no function of WASI preview 1", i.Module, i.Name)
 	}
-	rest, ours := strings.CutPrefix(i.Module, modulePrefix)
+	rest, ours := strings.CutPrefix(i.Module, guestabi.Prefix)
 	if !ours {
 		return module.FuncType{}, fmt.Errorf("the module imports %q %q; %s", i.Module, i.Name, foreign(i.Module))
 	}
 	name, version, _ := strings.Cut(rest, "/")
 	functions, known := capabilities[name]
 	switch {
-	case i.Module == moduleResult && i.Name == "read":
+	case i.Module == guestabi.Result && i.Name == "read":
 		return typeRead, nil
-	case i.Module == moduleResult || known && version == abiVersion && !slices.Contains(functions, i.Name):
+	case i.Module == guestabi.Result || known && version == guestabi.Version && !slices.Contains(functions, i.Name):
 		return module.FuncType{}, fmt.Errorf("the module imports %q %q; there is no such function, build it with a guest SDK of this version of wasmatrix", i.Module, i.Name)
-	case version != abiVersion && (known || name == "result"):
-		return module.FuncType{}, fmt.Errorf("the module imports %q, this node serves version %s of the guest interface; build it with a matching guest SDK or upgrade the node", i.Module, abiVersion)
+	case version != guestabi.Version && (known || name == "result"):
+		return module.FuncType{}, fmt.Errorf("the module imports %q, this node serves version %s of the guest interface; build it with a matching guest SDK or upgrade the node", i.Module, guestabi.Version)
 	case !known:
 		return module.FuncType{}, fmt.Errorf("the module imports %q %q; there is no such capability", i.Module, i.Name)
 	}
@@ -187,6 +167,6 @@ func foreign(name string) string {
 	case name == "env":
 		return "link it for WASI without undefined symbols"
 	default:
-		return fmt.Sprintf("guests may import %s and %s*/%s only", moduleWASI, modulePrefix, abiVersion)
+		return fmt.Sprintf("guests may import %s and %s*/%s only", guestabi.WASI, guestabi.Prefix, guestabi.Version)
 	}
 }

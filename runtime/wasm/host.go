@@ -14,6 +14,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/wasmatrix/wasmatrix/apierror"
+	"github.com/wasmatrix/wasmatrix/guestabi"
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
 	"github.com/wasmatrix/wasmatrix/runtime"
 	"github.com/wasmatrix/wasmatrix/runtime/wasm/module"
@@ -24,7 +25,7 @@ func buildHost(ctx context.Context, r wazero.Runtime) error {
 	i32, i64 := api.ValueTypeI32, api.ValueTypeI64
 	builders := []wazero.HostModuleBuilder{buildWASI(r)}
 	for _, name := range slices.Sorted(maps.Keys(capabilities)) {
-		b := r.NewHostModuleBuilder(modulePrefix + name + "/" + abiVersion)
+		b := r.NewHostModuleBuilder(guestabi.Prefix + name + "/" + guestabi.Version)
 		for _, operation := range capabilities[name] {
 			b.NewFunctionBuilder().
 				WithGoModuleFunction(capabilityFunction(name, operation), []api.ValueType{i32, i32, i32, i32}, []api.ValueType{i64}).
@@ -33,7 +34,7 @@ func buildHost(ctx context.Context, r wazero.Runtime) error {
 		builders = append(builders, b)
 	}
 	builders = append(builders,
-		r.NewHostModuleBuilder(moduleResult).NewFunctionBuilder().
+		r.NewHostModuleBuilder(guestabi.Result).NewFunctionBuilder().
 			WithGoModuleFunction(api.GoModuleFunc(readResult), []api.ValueType{i32, i32}, []api.ValueType{i32}).
 			Export("read"),
 		r.NewHostModuleBuilder(module.CheckpointModule).NewFunctionBuilder().

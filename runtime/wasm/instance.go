@@ -10,6 +10,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/wasmatrix/wasmatrix/guestabi"
 	"github.com/wasmatrix/wasmatrix/runtime"
 )
 
@@ -123,7 +124,7 @@ func (i *instance) runCommand(ctx context.Context, s *slot) {
 			return err
 		}
 		i.runtime.loader.keepSpare(i.entry, i.limit)
-		return s.run(ctx, exportStart)
+		return s.run(ctx, guestabi.Start)
 	})
 	if err == nil {
 		i.end(runtime.Exit{Reason: runtime.Completed, Message: "completed"})

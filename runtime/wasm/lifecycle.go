@@ -7,6 +7,7 @@ import (
 	"strconv"
 	"time"
 
+	"github.com/wasmatrix/wasmatrix/guestabi"
 	"github.com/wasmatrix/wasmatrix/runtime"
 )
 
@@ -196,7 +197,7 @@ func (i *instance) drainSlot(ctx context.Context, s *slot) string {
 	}
 	deadline, _ := ctx.Deadline()
 	c := call{caller: ctx, done: ctx.Done(), deadline: deadline}
-	err := i.inGuest(s, c, func(ctx context.Context) error { return s.run(ctx, exportDrain) })
+	err := i.inGuest(s, c, func(ctx context.Context) error { return s.run(ctx, guestabi.Drain) })
 	switch {
 	case err == nil:
 		return ""

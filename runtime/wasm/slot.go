@@ -9,6 +9,7 @@ import (
 	"github.com/tetratelabs/wazero/api"
 	"github.com/tetratelabs/wazero/experimental"
 
+	"github.com/wasmatrix/wasmatrix/guestabi"
 	"github.com/wasmatrix/wasmatrix/runtime"
 )
 
@@ -175,11 +176,11 @@ func (s *slot) initialize(ctx context.Context) error {
 		return err
 	}
 	if s.unit.shape.initialize {
-		if err := s.run(ctx, exportInitialize); err != nil {
+		if err := s.run(ctx, guestabi.Initialize); err != nil {
 			return err
 		}
 	}
-	s.alloc = s.module.ExportedFunction(exportAlloc)
+	s.alloc = s.module.ExportedFunction(guestabi.Alloc)
 	s.handlers = map[runtime.Handler]api.Function{}
 	s.ready = true
 	return nil
@@ -205,7 +206,7 @@ func (s *slot) handle(ctx context.Context, handler runtime.Handler, payload []by
 			return nil, err
 		}
 		if !s.module.Memory().Write(uint32(stack[0]), payload) {
-			return nil, fmt.Errorf("%w: %s handed out %d bytes at %d, outside of its memory", errMisbehaved, exportAlloc, len(payload), uint32(stack[0]))
+			return nil, fmt.Errorf("%w: %s handed out %d bytes at %d, outside of its memory", errMisbehaved, guestabi.Alloc, len(payload), uint32(stack[0]))
 		}
 		stack[0], stack[1] = uint64(uint32(stack[0])), uint64(len(payload))
 	}

@@ -13,13 +13,14 @@ import (
 	"github.com/tetratelabs/wazero/imports/wasi_snapshot_preview1"
 	"github.com/tetratelabs/wazero/sys"
 
+	"github.com/wasmatrix/wasmatrix/guestabi"
 	"github.com/wasmatrix/wasmatrix/runtime"
 )
 
 // buildWASI adds WASI preview 1. poll_oneoff is ours: wazero's sleeps without
 // looking at the context and allocates for as many subscriptions as a guest claims.
 func buildWASI(r wazero.Runtime) wazero.HostModuleBuilder {
-	b := r.NewHostModuleBuilder(moduleWASI)
+	b := r.NewHostModuleBuilder(guestabi.WASI)
 	wasi_snapshot_preview1.NewFunctionExporter().ExportFunctions(b)
 	exportStrings(b)
 	i32 := api.ValueTypeI32

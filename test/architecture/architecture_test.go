@@ -37,6 +37,7 @@ var walls = []struct {
 	{"correlation", "a leaf", []string{""}},
 	{"permission", "pure", []string{""}},
 	{"quantity", "pure", []string{""}},
+	{"guestabi", "a leaf over apierror and proto", []string{"cluster", "fsm", "agent", "runtime", "provider", "client", "cmd", "rpc", "identity"}},
 	{"identity", "a leaf", []string{"cluster", "fsm", "agent", "runtime", "provider", "client", "cmd", "rpc"}},
 	{"rpc", "interceptors know no service", []string{"cluster", "fsm", "agent", "runtime", "provider", "client", "cmd"}},
 	{"fsm", "pure state", []string{"cluster", "agent", "runtime", "provider", "client", "cmd", "rpc", "identity", "permission"}},

@@ -1,4 +1,4 @@
-package modules_test
+package guestabi_test
 
 import (
 	"bytes"
@@ -14,8 +14,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/wasmatrix/wasmatrix/apierror"
-	"github.com/wasmatrix/wasmatrix/cluster/modules"
-	"github.com/wasmatrix/wasmatrix/cluster/modules/modulestest"
+	"github.com/wasmatrix/wasmatrix/guestabi"
+	"github.com/wasmatrix/wasmatrix/guestabi/modulestest"
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
 )
 
@@ -73,7 +73,7 @@ func TestInspectTellsKindImportsAndExports(t *testing.T) {
 			for name, r := range map[string]io.Reader{
 				"whole": bytes.NewReader(test.wasm), "in pieces": iotest.HalfReader(bytes.NewReader(test.wasm)),
 			} {
-				m, err := modules.Inspect(r)
+				m, err := guestabi.Inspect(r)
 				if err != nil {
 					t.Fatalf("%s: %v", name, err)
 				}
@@ -136,7 +136,7 @@ func TestInspectRefusesWhatIsNoGuestAndSaysWhatToDo(t *testing.T) {
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
-			m, err := modules.Inspect(bytes.NewReader(test.wasm))
+			m, err := guestabi.Inspect(bytes.NewReader(test.wasm))
 			var refused *apierror.Error
 			if !errors.As(err, &refused) || m != nil {
 				t.Fatalf("Inspect returned %v, %v; want a refusal", m, err)
@@ -159,7 +159,7 @@ func TestInspectPassesOnTheFailureOfItsReader(t *testing.T) {
 	wasm := modulestest.Command()
 	for n := range len(wasm) {
 		r := io.MultiReader(bytes.NewReader(wasm[:n]), iotest.ErrReader(broken))
-		if _, err := modules.Inspect(r); !errors.Is(err, broken) {
+		if _, err := guestabi.Inspect(r); !errors.Is(err, broken) {
 			t.Errorf("after %d bytes: error is %v, want the reader's", n, err)
 		}
 	}
@@ -173,7 +173,7 @@ func TestInspectNeedsLittleMemoryForLargeClaims(t *testing.T) {
 	for name, wasm := range map[string][]byte{"claims": claims, "large": large} {
 		var before, after goruntime.MemStats
 		goruntime.ReadMemStats(&before)
-		_, _ = modules.Inspect(bytes.NewReader(wasm))
+		_, _ = guestabi.Inspect(bytes.NewReader(wasm))
 		goruntime.ReadMemStats(&after)
 		allocated := after.TotalAlloc - before.TotalAlloc
 		if allocated > 1<<20 {
@@ -189,7 +189,7 @@ func FuzzInspect(f *testing.F) {
 	f.Add(importedMemory())
 	f.Add([]byte(header + "\x07\x0b\x01\xff\xff\xff\xff\x0f"))
 	f.Fuzz(func(t *testing.T, wasm []byte) {
-		m, err := modules.Inspect(bytes.NewReader(wasm))
+		m, err := guestabi.Inspect(bytes.NewReader(wasm))
 		if err == nil {
 			if m.GetKind() == pb.ModuleKind_MODULE_KIND_UNSPECIFIED || !slices.IsSorted(m.GetImports()) ||
 				!slices.IsSorted(m.GetExports()) || len(m.GetImports()) > 1000 || len(m.GetExports()) > 10000 {
