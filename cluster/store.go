@@ -122,6 +122,7 @@ func (s *storage) markUnsettled(mark uint64) error {
 }
 
 // verify reads the whole log once, so that damage is reported before Raft starts.
+// Its error wraps ErrCorrupt for an entry that is missing and that no snapshot holds.
 func (s *storage) verify() error {
 	first, err := s.logs.FirstIndex()
 	if err != nil {
@@ -131,10 +132,23 @@ func (s *storage) verify() error {
 	if err != nil {
 		return fmt.Errorf("read the raft log: %w", err)
 	}
+	snapshots, err := s.snapshots.List()
+	if err != nil {
+		return fmt.Errorf("list the snapshots: %w", err)
+	}
+	var held uint64
+	if len(snapshots) > 0 {
+		held = snapshots[0].Index
+	}
 	var entry raft.Log
 	for i := first; i != 0 && i <= last; i++ {
-		// A restored snapshot leaves a hole in the log.
-		if err := s.logs.GetLog(i, &entry); err != nil && !errors.Is(err, raft.ErrLogNotFound) {
+		err := s.logs.GetLog(i, &entry)
+		switch {
+		case errors.Is(err, raft.ErrLogNotFound) && i <= held:
+			// A restored snapshot leaves a hole in the log.
+		case errors.Is(err, raft.ErrLogNotFound):
+			return fmt.Errorf("%w: entry %d of %d to %d is missing from the raft log, and the newest snapshot ends at %d", ErrCorrupt, i, first, last, held)
+		case err != nil:
 			return err
 		}
 	}

@@ -219,7 +219,7 @@ func (w *World) judgeEnd(m *peerMachine, err error) {
 	case w.closing.Load():
 	case errors.Is(err, cluster.ErrCorrupt):
 		if !w.troubles.damaged(m.id) {
-			w.violate("I10", "peer %s finds its files damaged, and nobody has damaged them: %v", m.id, err)
+			w.violate("I10", "peer %s finds its files damaged, and nobody has damaged them: %v; its disk has %s", m.id, err, m.disk.describe())
 		}
 		w.note("the files of peer %s are set aside", m.id)
 		m.disk.wipe()
