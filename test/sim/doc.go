@@ -6,7 +6,7 @@
 //
 // A World lives in one bubble of testing/synctest. In it run the real
 // cluster.Peer with its guards, control, dispatch and schedule, put together as
-// cmd/wasmatrix/node does it (peer.go); the real agent with the real key-value
+// a node's is (cluster/plane); the real agent with the real key-value
 // provider (worker.go); the real client (workload.go); and between them real gRPC
 // with real mutual TLS. Simulated are:
 //

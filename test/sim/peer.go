@@ -16,10 +16,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/wasmatrix/wasmatrix/cluster"
-	"github.com/wasmatrix/wasmatrix/cluster/control"
-	"github.com/wasmatrix/wasmatrix/cluster/dispatch"
-	"github.com/wasmatrix/wasmatrix/cluster/schedule"
-	"github.com/wasmatrix/wasmatrix/fsm"
+	"github.com/wasmatrix/wasmatrix/cluster/plane"
 	"github.com/wasmatrix/wasmatrix/identity"
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
 	"github.com/wasmatrix/wasmatrix/rpc"
@@ -47,16 +44,16 @@ type peerMachine struct {
 	proc atomic.Pointer[peerProcess] // nil while it is down
 }
 
-// peerProcess is one process of a peer, put together as cmd/wasmatrix/node does it.
+// peerProcess is one process of a peer, put together by cluster/plane as a node's is.
 type peerProcess struct {
-	machine *peerMachine
-	peer    *cluster.Peer
-	server  *grpc.Server
-	control *control.Service
-	pool    *identity.Pool
-	began   time.Time
-	cancel  context.CancelFunc
-	done    chan struct{}
+	machine  *peerMachine
+	peer     *cluster.Peer
+	server   *grpc.Server
+	services *plane.Services
+	pool     *identity.Pool
+	began    time.Time
+	cancel   context.CancelFunc
+	done     chan struct{}
 	// killed is set by a crash: what happens to the process then is no news.
 	killed atomic.Bool
 }
@@ -124,28 +121,13 @@ func (m *peerMachine) newProcess() (_ *peerProcess, err error) {
 	if err != nil {
 		return nil, err
 	}
-	p.control, err = control.New(control.Config{
-		Proposer: p.peer, Viewer: p.peer, LeaderConn: p.peer.LeaderConn, Modules: w.modules, AgentConn: dial,
-		Explain: func(v fsm.View, i *pb.Instance) []*pb.NodeVerdict { return schedule.Explain(v, i) },
-		Logger:  log,
-	})
+	p.services, err = plane.New(plane.Config{Peer: p.peer, Modules: w.modules, AgentConn: dial, Clock: m.clock, Logger: log})
 	if err != nil {
 		return nil, err
 	}
-	scheduler, err := schedule.New(schedule.Config{Viewer: p.peer, Proposer: p.peer, Logger: log})
-	if err != nil {
-		return nil, err
-	}
-	dispatcher, err := dispatch.New(dispatch.Config{Peer: p.peer, Clock: m.clock, Logger: log})
-	if err != nil {
-		return nil, err
-	}
-	p.peer.Lead(scheduler.Run, dispatcher.Run)
 	p.server = grpc.NewServer(append(rpc.ServerOptions(rpc.ServerConfig{Identity: m.identity, Logger: log}),
 		grpc.ChainUnaryInterceptor(p.watchRenewals, p.peer.ForwardUnary()))...)
-	p.peer.Register(p.server)
-	p.control.Register(p.server)
-	dispatcher.Register(p.server)
+	p.services.Register(p.server)
 	return p, nil
 }
 
@@ -165,7 +147,7 @@ func (p *peerProcess) watchRenewals(ctx context.Context, req any, _ *grpc.UnaryS
 
 // end frees what a process leaves behind.
 func (p *peerProcess) end() {
-	p.control.Close()
+	p.services.Close()
 	p.server.Stop()
 	_ = p.pool.Close()
 }

@@ -17,15 +17,11 @@ import (
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 
 	"github.com/wasmatrix/wasmatrix/cluster"
-	"github.com/wasmatrix/wasmatrix/cluster/control"
-	"github.com/wasmatrix/wasmatrix/cluster/dispatch"
 	"github.com/wasmatrix/wasmatrix/cluster/gossip"
 	"github.com/wasmatrix/wasmatrix/cluster/modules"
-	"github.com/wasmatrix/wasmatrix/cluster/schedule"
-	"github.com/wasmatrix/wasmatrix/fsm"
+	"github.com/wasmatrix/wasmatrix/cluster/plane"
 	"github.com/wasmatrix/wasmatrix/identity"
 	"github.com/wasmatrix/wasmatrix/internal/faults"
-	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
 	"github.com/wasmatrix/wasmatrix/rpc"
 )
 
@@ -48,8 +44,7 @@ type peerProcess struct {
 	network  *faults.Injector      // nil but in a development cluster
 
 	peer       *cluster.Peer
-	control    *control.Service
-	dispatcher *dispatch.Dispatcher
+	services   *plane.Services
 	replicator *modules.Replicator
 	store      *modules.Store
 	pool       *identity.Pool
@@ -119,32 +114,14 @@ func (p *peerProcess) newServices() (err error) {
 	if err != nil {
 		return err
 	}
-	p.control, err = control.New(control.Config{
-		Proposer: p.peer, Viewer: p.peer, LeaderConn: p.peer.LeaderConn, Modules: p.replicator, AgentConn: p.conn,
-		Explain: func(v fsm.View, i *pb.Instance) []*pb.NodeVerdict { return schedule.Explain(v, i) },
-		Logger:  p.log,
-	})
-	if err != nil {
-		return err
-	}
-	scheduler, err := schedule.New(schedule.Config{Viewer: p.peer, Proposer: p.peer, Logger: p.log, Registerer: p.metrics})
-	if err != nil {
-		return err
-	}
-	p.dispatcher, err = dispatch.New(dispatch.Config{Peer: p.peer, Logger: p.log, Registerer: p.metrics})
-	if err != nil {
-		return err
-	}
-	p.peer.Lead(scheduler.Run, p.dispatcher.Run)
-	return nil
+	p.services, err = plane.New(plane.Config{Peer: p.peer, Modules: p.replicator, AgentConn: p.conn, Logger: p.log, Registerer: p.metrics})
+	return err
 }
 
 func (p *peerProcess) newServer() {
 	opts := rpc.ServerOptions(rpc.ServerConfig{Identity: p.id, Logger: p.log, Registerer: p.metrics})
 	p.server = grpc.NewServer(append(opts, grpc.ChainUnaryInterceptor(p.peer.ForwardUnary()))...)
-	p.peer.Register(p.server)
-	p.control.Register(p.server)
-	p.dispatcher.Register(p.server)
+	p.services.Register(p.server)
 	modules.NewService(p.store, p.log).Register(p.server)
 	p.health = health.NewServer()
 	rpc.RegisterHealthAndReflection(p.server, p.health)
@@ -192,7 +169,7 @@ func (p *peerProcess) Run(ctx context.Context, opened func()) (err error) {
 		return ignoreEnd(ctx, err)
 	})
 	g.Go(func() error {
-		return serveGRPC(ctx, p.server, api, func() { p.health.Shutdown(); p.control.Close() }, stopBelow)
+		return serveGRPC(ctx, p.server, api, func() { p.health.Shutdown(); p.services.Close() }, stopBelow)
 	})
 	g.Go(func() error { return p.network.Run(ctx) })
 	handler := newHTTPHandler(p.gatherer(), p.checks())
