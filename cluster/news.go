@@ -15,10 +15,18 @@ import (
 // The message is one that Raft might have sent: the leader of that term, the
 // last entry that it has sent and the follower has acknowledged, no new entries.
 // It stays true however late it arrives. Its answer says nothing new.
+//
+// What the follower acknowledged is its own only as long as this peer leads in the
+// term in which it was sent. A peer that was deposed learns of a new commit index
+// from the next leader, and the entries at those indexes are others; a follower
+// that has not heard of that leader yet would commit what it has instead.
 type herald struct {
 	*guard
 	// committed returns the present commit index, last the index of the last entry of the log.
 	committed, last func() uint64
+	// leads reports whether this peer leads in a term, which it did when it sent the
+	// entries of that term.
+	leads func(term uint64) bool
 	// wake has room for one.
 	wake chan struct{}
 
@@ -37,8 +45,8 @@ type listener struct {
 	busy bool
 }
 
-func newHerald(g *guard, committed, last func() uint64) *herald {
-	return &herald{guard: g, committed: committed, last: last, wake: make(chan struct{}, 1), followers: map[raft.ServerID]*listener{}}
+func newHerald(g *guard, committed, last func() uint64, leads func(term uint64) bool) *herald {
+	return &herald{guard: g, committed: committed, last: last, leads: leads, wake: make(chan struct{}, 1), followers: map[raft.ServerID]*listener{}}
 }
 
 // AppendEntries sends entries.
@@ -109,6 +117,10 @@ func (h *herald) due() []message {
 		args := f.acknowledged
 		args.LeaderCommitIndex = args.PrevLogEntry
 		if f.busy || args.PrevLogEntry < last || args.PrevLogEntry > committed || args.PrevLogEntry <= f.told {
+			continue
+		}
+		// Asked after the commit index was read: what was committed then was of this leadership.
+		if !h.leads(args.Term) {
 			continue
 		}
 		f.busy, f.told = true, args.PrevLogEntry

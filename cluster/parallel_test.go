@@ -240,7 +240,9 @@ func TestHeraldTellsWhatIsCommittedOnce(t *testing.T) {
 		committed.Store(6)
 		last.Store(7)
 		applied := make(chan struct{}, 1)
-		h := newHerald(g, committed.Load, last.Load)
+		var term atomic.Uint64
+		term.Store(3)
+		h := newHerald(g, committed.Load, last.Load, func(t uint64) bool { return t == term.Load() })
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan struct{})
 		go func() { defer close(done); h.run(ctx, func() <-chan struct{} { return applied }) }()
@@ -262,6 +264,11 @@ func TestHeraldTellsWhatIsCommittedOnce(t *testing.T) {
 		h.look()
 		expect("with an entry on its way", 1)
 		last.Store(7)
+		term.Store(0)
+		h.look()
+		// The entries that are committed now are another leader's.
+		expect("to a follower of a leader that was deposed", 1)
+		term.Store(3)
 		applied <- struct{}{}
 		expect("after the commit", 2)
 		if m := wire.sent[1]; m.Term != 3 || m.PrevLogEntry != 7 || m.PrevLogTerm != 3 || m.LeaderCommitIndex != 7 || len(m.Entries) != 0 {

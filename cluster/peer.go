@@ -218,7 +218,7 @@ func (p *Peer) open() (_ *node, err error) {
 	}
 	n.logs = newParallelLogs(&sealedLogs{LogStore: n.storage.logs, damaged: p.fail}, p.leadsOthers, p.fail)
 	n.guard.synced = n.logs.synced
-	n.herald = newHerald(n.guard, p.commitIndex, p.lastIndex)
+	n.herald = newHerald(n.guard, p.commitIndex, p.lastIndex, p.leadsIn)
 	logs, err := raft.NewLogCache(logCacheEntries, n.logs)
 	if err != nil {
 		return nil, fmt.Errorf("cache the raft log: %w", err)
@@ -352,6 +352,13 @@ func (p *Peer) leadsOthers() bool {
 func (p *Peer) commitIndex() uint64 { return p.raft.Load().CommitIndex() }
 
 func (p *Peer) lastIndex() uint64 { return p.raft.Load().LastIndex() }
+
+// leadsIn reports whether this peer leads in a term in which it has led. Terms only
+// grow, so a leader whose term is that one, read after it was seen to lead, leads in it.
+func (p *Peer) leadsIn(term uint64) bool {
+	r := p.raft.Load()
+	return r.State() == raft.Leader && r.CurrentTerm() == term
+}
 
 // appliedNext returns a channel that is closed when something more has been applied.
 func (p *Peer) appliedNext() <-chan struct{} { return p.state.Changed(p.state.View().Index()) }
