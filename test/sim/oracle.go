@@ -1,13 +1,18 @@
 package sim
 
 import (
+	"bufio"
+	"bytes"
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
 	"github.com/hashicorp/raft"
+	"google.golang.org/protobuf/encoding/protodelim"
+	"google.golang.org/protobuf/encoding/prototext"
 
 	"github.com/wasmatrix/wasmatrix/fsm"
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
@@ -25,6 +30,8 @@ type oracle struct {
 	index   uint64
 	entries map[uint64]entrySum
 	hashes  map[uint64]string
+	// views are the states at the last indexes.
+	views map[uint64]fsm.View
 	// acked are acknowledged writes that the oracle has not come to yet.
 	acked map[uint64]string
 	// requests are the indexes at which requests were done, by their ids.
@@ -46,7 +53,7 @@ type entrySum struct {
 
 func newOracle(w *World) *oracle {
 	return &oracle{
-		world: w, state: fsm.New(), entries: map[uint64]entrySum{}, hashes: map[uint64]string{},
+		world: w, state: fsm.New(), entries: map[uint64]entrySum{}, hashes: map[uint64]string{}, views: map[uint64]fsm.View{},
 		acked: map[uint64]string{}, requests: map[string]uint64{}, changed: make(chan struct{}), registry: newRegistry(),
 	}
 }
@@ -58,7 +65,7 @@ func (o *oracle) follow(p *peerProcess) {
 	for {
 		view := p.peer.State().View()
 		if !p.killed.Load() && view.Index() > seen {
-			o.see(p.machine, view)
+			o.see(p.machine, view, seen)
 		}
 		seen = view.Index()
 		select {
@@ -70,7 +77,7 @@ func (o *oracle) follow(p *peerProcess) {
 }
 
 // see takes in that a peer has applied everything up to the index of view.
-func (o *oracle) see(m *peerMachine, view fsm.View) {
+func (o *oracle) see(m *peerMachine, view fsm.View, seen uint64) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	grew := false
@@ -85,7 +92,7 @@ func (o *oracle) see(m *peerMachine, view fsm.View) {
 		o.changed = make(chan struct{})
 	}
 	if want, ok := o.hashes[view.Index()]; ok && want != view.Hash() {
-		o.world.violate("I10", "peer %s has state %.12s at index %d, the log gives %.12s", m.id, view.Hash(), view.Index(), want)
+		o.world.violate("I10", "peer %s has state %.12s at index %d, the log gives %.12s\n%s", m.id, view.Hash(), view.Index(), want, o.differencesLocked(m, view, seen))
 	}
 	if e, ok := m.disk.entry(view.Index()); ok {
 		if known, ok := o.entries[view.Index()]; ok && e.Term != known.term {
@@ -126,7 +133,9 @@ func (o *oracle) advanceLocked(m *peerMachine, index uint64) bool {
 	view := o.state.View()
 	if view.Index() == index {
 		o.hashes[index] = view.Hash()
+		o.views[index] = view
 	}
+	delete(o.views, index-viewHorizon)
 	delete(o.entries, index-horizon)
 	delete(o.hashes, index-horizon)
 	if id, ok := o.acked[index]; ok {
@@ -147,6 +156,58 @@ func (o *oracle) judgeOnceLocked(index uint64, id string, result *pb.CommandResu
 		o.world.violate("I9", "the request %s was applied at index %d and again at index %d", id, first, index)
 	}
 	o.requests[id] = result.GetIndex()
+}
+
+// viewHorizon is how many states the oracle remembers.
+const viewHorizon = 512
+
+// differencesLocked says in which records a peer differs from the oracle, and
+// which commands it has applied since it was compared last.
+func (o *oracle) differencesLocked(m *peerMachine, view fsm.View, seen uint64) string {
+	var text strings.Builder
+	want, ok := o.views[view.Index()]
+	p := m.proc.Load()
+	if !ok || p == nil {
+		return "no longer known in which records"
+	}
+	have, wanted := records(p.peer.State(), view), records(o.state, want)
+	for _, line := range slices.Sorted(maps.Keys(have)) {
+		if !wanted[line] {
+			fmt.Fprintf(&text, "the peer has:    %s\n", line)
+		}
+	}
+	for _, line := range slices.Sorted(maps.Keys(wanted)) {
+		if !have[line] {
+			fmt.Fprintf(&text, "the log gives:   %s\n", line)
+		}
+	}
+	for i := max(seen, view.Index()-min(view.Index(), 20)); i <= view.Index(); i++ {
+		e, known := o.entries[i]
+		if !known || e.kind != raft.LogCommand {
+			continue
+		}
+		if cmd, err := fsm.DecodeCommand([]byte(e.data)); err == nil {
+			fmt.Fprintf(&text, "index %d, term %d: %.600s\n", i, e.term, prototext.Format(cmd))
+		}
+	}
+	return text.String()
+}
+
+// records returns the records of a state as text.
+func records(s *fsm.State, v fsm.View) map[string]bool {
+	var snapshot bytes.Buffer
+	if err := s.WriteSnapshot(v, &snapshot); err != nil {
+		return map[string]bool{err.Error(): true}
+	}
+	out := map[string]bool{}
+	in := bufio.NewReader(&snapshot)
+	for {
+		record := &pb.SnapshotRecord{}
+		if err := protodelim.UnmarshalFrom(in, record); err != nil {
+			return out
+		}
+		out[prototext.MarshalOptions{}.Format(record)] = true
+	}
 }
 
 // horizon is how many entries the oracle remembers in full.
