@@ -84,7 +84,9 @@ type fakePeer struct {
 	events []*pb.Event
 	cut    int // WatchEvents breaks after this many events; 0 never
 	logs   func(req *pb.FollowLogsRequest, send func(*pb.LogEntry) error) error
-	upload []byte
+	// messages are what SubscribeMessages sends before it breaks off.
+	messages []*pb.Message
+	upload   []byte
 	// sessions makes the peer give sessions; places are those of the writes that came.
 	sessions bool
 	places   []*pb.WriteOptions
@@ -267,6 +269,21 @@ func (p *fakePeer) FollowLogs(req *pb.FollowLogsRequest, stream grpc.ServerStrea
 		return err
 	}
 	return p.logs(req, func(e *pb.LogEntry) error { return stream.Send(&pb.FollowLogsResponse{Entry: e}) })
+}
+
+func (p *fakePeer) SubscribeMessages(_ *pb.SubscribeMessagesRequest, stream grpc.ServerStreamingServer[pb.SubscribeMessagesResponse]) error {
+	if err := p.handle(stream.Context(), "subscribe", ""); err != nil {
+		return err
+	}
+	if err := stream.Send(&pb.SubscribeMessagesResponse{}); err != nil {
+		return err
+	}
+	for _, m := range p.messages {
+		if err := stream.Send(&pb.SubscribeMessagesResponse{Message: m}); err != nil {
+			return err
+		}
+	}
+	return unreachable()
 }
 
 func (p *fakePeer) UploadModule(stream grpc.ClientStreamingServer[pb.UploadModuleRequest, pb.UploadModuleResponse]) error {

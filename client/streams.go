@@ -65,6 +65,25 @@ func (c *Client) FollowLogs(ctx context.Context, req *pb.FollowLogsRequest) iter
 	}
 }
 
+// SubscribeMessages returns the messages on a subject of a messaging provider. An
+// answer without a message says that the subscription stands: the first one does,
+// and each one after a broken connection, which is followed by a new one;
+// messages between the two are missing. It ends when ctx ends (with its error),
+// when the caller stops, or with an error that does not pass, such as that the
+// provider does not serve any more.
+func (c *Client) SubscribeMessages(ctx context.Context, req *pb.SubscribeMessagesRequest) iter.Seq2[*pb.SubscribeMessagesResponse, error] {
+	return func(yield func(*pb.SubscribeMessagesResponse, error) bool) {
+		ctx, cancel := context.WithCancel(ctx)
+		defer cancel()
+		open := func() (grpc.ServerStreamingClient[pb.SubscribeMessagesResponse], error) {
+			return c.controlPlane.SubscribeMessages(ctx, req)
+		}
+		follow(ctx, c.transport.timeout, true, open, func(m *pb.SubscribeMessagesResponse) bool {
+			return yield(m, nil)
+		}, func(err error) { yield(nil, err) })
+	}
+}
+
 // deadlineSlack is how much earlier than the caller itself a peer may notice that
 // the caller's time is over.
 const deadlineSlack = 50 * time.Millisecond

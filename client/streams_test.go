@@ -54,6 +54,41 @@ func TestEventsGoOnAtAnotherPeerEachOnce(t *testing.T) {
 	}
 }
 
+func TestMessagesGoOnAfterABreakAndSaySo(t *testing.T) {
+	w := newWorld(t)
+	p := w.peer(t, "n1")
+	p.messages = []*pb.Message{{Payload: []byte("a")}, {Payload: []byte("b")}}
+	c := w.client(t, client.Config{Addresses: []string{p.address}})
+	var got []string
+	for m, err := range c.SubscribeMessages(t.Context(), &pb.SubscribeMessagesRequest{ProviderId: "bus", Subject: ">"}) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		text := "stands"
+		if m.GetMessage() != nil {
+			text = string(m.GetMessage().GetPayload())
+		}
+		if got = append(got, text); len(got) == 6 {
+			break
+		}
+	}
+	if want := []string{"stands", "a", "b", "stands", "a", "b"}; !slices.Equal(got, want) {
+		t.Errorf("got %v, want %v", got, want)
+	}
+	p.answers(func(string, int) error {
+		return apierror.New(pb.ErrorCode_ERROR_CODE_PROVIDER_UNAVAILABLE, "it was stopped")
+	})
+	before := p.count("subscribe")
+	for _, err := range c.SubscribeMessages(t.Context(), &pb.SubscribeMessagesRequest{ProviderId: "bus", Subject: ">"}) {
+		if apierror.CodeOf(err) != pb.ErrorCode_ERROR_CODE_PROVIDER_UNAVAILABLE {
+			t.Errorf("got %v", err)
+		}
+	}
+	if n := p.count("subscribe") - before; n != 1 {
+		t.Errorf("%d streams for a refusal", n)
+	}
+}
+
 func TestEventsEndWithTheError(t *testing.T) {
 	w := newWorld(t)
 	p := w.peer(t, "n1")

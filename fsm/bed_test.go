@@ -196,6 +196,38 @@ func (b *bed) placeProvider(provider, node string) *pb.CommandResult {
 	}}})
 }
 
+// placeReplica is placeProvider for one replica.
+func (b *bed) placeReplica(provider string, replica uint32, node string) *pb.CommandResult {
+	b.t.Helper()
+	n, _ := b.s.View().Node(node)
+	return b.do(&pb.PlaceCommand{Decisions: []*pb.PlaceDecision{{
+		ProviderId: provider, Replica: replica, SeenGeneration: b.replica(provider, replica).GetPlacement().GetGeneration(),
+		NodeId: node, NodeEpoch: n.GetEpoch(),
+	}}})
+}
+
+// subscription is what the node of a messaging provider's first placed replica
+// asks for an instance.
+func (b *bed) subscription(instance, provider, subject string, subscribed bool) *pb.RecordSubscriptionRequest {
+	b.t.Helper()
+	c := &pb.RecordSubscriptionRequest{InstanceId: instance, ProviderId: provider, Subject: subject, Subscribed: subscribed}
+	for _, p := range b.s.View().ProviderReplicas(provider) {
+		if fsm.ProviderPlaced(p) && c.NodeId == "" {
+			c.NodeId, c.Epoch = p.GetPlacement().GetNodeId(), p.GetPlacement().GetNodeEpoch()
+		}
+	}
+	in, _ := b.s.View().Instance(instance)
+	c.Generation = in.GetPlacement().GetGeneration()
+	return c
+}
+
+// denials is the report of a node about refused calls.
+func (b *bed) denials(node string, reports ...*pb.DenialReport) *pb.ReportStatusRequest {
+	b.t.Helper()
+	n, _ := b.s.View().Node(node)
+	return &pb.ReportStatusRequest{NodeId: node, Epoch: n.GetEpoch(), Denials: reports}
+}
+
 // running brings an instance from its acceptance to RUNNING on a node.
 func (b *bed) running(name, policy, node string, grants ...*pb.CapabilityGrant) string {
 	b.t.Helper()
@@ -248,10 +280,15 @@ func (b *bed) move(instance, node string) {
 
 func (b *bed) reportProvider(id string, s pb.ProviderState, message string) bool {
 	b.t.Helper()
-	p := b.provider(id)
+	return b.reportReplica(id, 0, s, message)
+}
+
+func (b *bed) reportReplica(id string, replica uint32, s pb.ProviderState, message string) bool {
+	b.t.Helper()
+	p := b.replica(id, replica)
 	res := b.do(&pb.ReportStatusRequest{
 		NodeId: p.GetPlacement().GetNodeId(), Epoch: p.GetPlacement().GetNodeEpoch(),
-		Providers: []*pb.ProviderReport{{ProviderId: id, Status: &pb.ProviderStatus{
+		Providers: []*pb.ProviderReport{{ProviderId: id, Replica: replica, Status: &pb.ProviderStatus{
 			State: s, Generation: p.GetPlacement().GetGeneration(), Message: message,
 		}}},
 	})
@@ -269,11 +306,18 @@ func (b *bed) instance(id string) *pb.Instance {
 
 func (b *bed) provider(id string) *pb.Provider {
 	b.t.Helper()
-	p, ok := b.s.View().Provider(id)
-	if !ok {
-		b.t.Fatalf("provider %s does not exist", id)
+	return b.replica(id, 0)
+}
+
+func (b *bed) replica(id string, replica uint32) *pb.Provider {
+	b.t.Helper()
+	for _, p := range b.s.View().ProviderReplicas(id) {
+		if p.GetReplica() == replica {
+			return p
+		}
 	}
-	return p
+	b.t.Fatalf("provider %s has no replica %d", id, replica)
+	return nil
 }
 
 // is checks an instance as "STATE node generation".
@@ -291,15 +335,25 @@ func (b *bed) is(id, want string) {
 // from its registration.
 func (b *bed) providerIs(id, want string) {
 	b.t.Helper()
-	p := b.provider(id)
+	b.replicaIs(id, 0, want)
+}
+
+func (b *bed) replicaIs(id string, replica uint32, want string) {
+	b.t.Helper()
+	p := b.replica(id, replica)
 	got := fmt.Sprintf("%s %s %d", p.GetStatus().GetState().String()[len("PROVIDER_STATE_"):],
 		p.GetPlacement().GetNodeId(), p.GetPlacement().GetGeneration()-p.GetCreatedIndex())
 	if got != want {
-		b.t.Errorf("provider %s is %q, want %q", id, got, want)
+		b.t.Errorf("provider %s is %q, want %q", fsm.ReplicaName(id, replica), got, want)
 	}
 }
 
 func kv(id string) *pb.ProviderSpec { return &pb.ProviderSpec{Id: id, Type: "kv", Driver: "memory"} }
+
+// bus is a messaging provider that keeps no state on its nodes.
+func bus(id string, replicas uint32) *pb.ProviderSpec {
+	return &pb.ProviderSpec{Id: id, Type: "messaging", Driver: "nats", Replicas: replicas}
+}
 
 func grant(provider string, permissions ...string) *pb.CapabilityGrant {
 	return &pb.CapabilityGrant{Provider: provider, Permissions: permissions}

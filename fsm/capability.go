@@ -112,6 +112,7 @@ func (t *tx) granted(in *pb.Instance, grant *pb.CapabilityGrant) *pb.CapabilityA
 	old, had := t.assignment(a.GetInstanceId(), a.GetProviderId())
 	if had {
 		a.Bucket = old.GetBucket()
+		a.Subscriptions = old.GetSubscriptions()
 	}
 	if grant.GetBucket() != "" {
 		a.Bucket = grant.GetBucket()
@@ -121,7 +122,7 @@ func (t *tx) granted(in *pb.Instance, grant *pb.CapabilityGrant) *pb.CapabilityA
 }
 
 // revokeCapability takes permissions away, or with none named the whole
-// assignment; an assignment without permissions is removed. It is refused when
+// assignment; an assignment without permissions is removed, with its subscriptions. It is refused when
 // it would take nothing from any of the instances, because a revocation that
 // was mistyped must not look as if it had worked.
 func (t *tx) revokeCapability(c *pb.RevokeCapabilityCommand) ([]string, *refusal) {

@@ -26,6 +26,15 @@ func full(t *testing.T) *State {
 			RequestId: "r2", Session: &pb.CommandSession{Id: "s", Sequence: 1},
 			Payload: &pb.Command_RegisterProvider{RegisterProvider: &pb.RegisterProviderCommand{Spec: &pb.ProviderSpec{Id: "kv2", Type: "kv"}}},
 		},
+		{Payload: &pb.Command_PutModule{PutModule: &pb.PutModuleCommand{Module: &pb.Module{Digest: "d"}}}},
+		{Payload: &pb.Command_RegisterNode{RegisterNode: &pb.RegisterNodeCommand{Info: &pb.NodeInfo{Id: "n"}}}},
+		{Payload: &pb.Command_CreateInstances{CreateInstances: &pb.CreateInstancesCommand{
+			Spec: &pb.WorkloadSpec{Name: "w", Module: "d"}, InstanceIds: []string{"w-1"},
+		}}},
+		{Payload: &pb.Command_Place{Place: &pb.PlaceCommand{Decisions: []*pb.PlaceDecision{{InstanceId: "w-1", NodeId: "n", NodeEpoch: 1}}}}},
+		{Payload: &pb.Command_ReportStatus{ReportStatus: &pb.ReportStatusRequest{
+			NodeId: "n", Epoch: 1, Denials: []*pb.DenialReport{{InstanceId: "w-1", Count: 1}},
+		}}},
 	} {
 		cmd.Time = at
 		if res := s.Apply(uint64(i+1), cmd); res.GetError() != nil {

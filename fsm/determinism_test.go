@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"github.com/hashicorp/raft"
+	"google.golang.org/protobuf/types/known/durationpb"
 	"pgregory.net/rapid"
 
 	"github.com/wasmatrix/wasmatrix/fsm"
@@ -158,15 +159,24 @@ func (c *invariants) hold(rt *rapid.T, v fsm.View) {
 		}
 		c.generations(rt, in.GetId(), in.GetPlacement())
 	}
+	hosted := map[string]bool{}
 	for _, p := range v.Providers(nil) {
-		c.generations(rt, p.GetId(), p.GetPlacement())
+		c.generations(rt, fsm.ReplicaName(p.GetId(), p.GetReplica()), p.GetPlacement())
+		place := p.GetId() + " on " + p.GetPlacement().GetNodeId()
+		if fsm.ProviderPlaced(p) && hosted[place] {
+			rt.Fatalf("two replicas of %s", place)
+		}
+		hosted[place] = true
+		if n := len(v.ProviderReplicas(p.GetId())); n != int(fsm.Replicas(p.GetSpec())) || int(p.GetReplica()) >= n {
+			rt.Fatalf("%d replicas, one is %v", n, p)
+		}
 		n, _ := v.Node(p.GetPlacement().GetNodeId())
 		lost := p.GetStatus().GetState() == pb.ProviderState_PROVIDER_STATE_LOST
 		if fsm.ProviderPlaced(p) && p.GetDesiredRunning() && lost == fsm.Ready(n) {
 			rt.Fatalf("provider %v on node %v", p, n)
 		}
 		for _, a := range v.AssignmentsByProvider(nil, p.GetId()) {
-			if _, ok := v.Instance(a.GetInstanceId()); !ok || a.GetBucket() == "" {
+			if _, ok := v.Instance(a.GetInstanceId()); !ok || a.GetBucket() == "" || !slices.IsSorted(a.GetSubscriptions()) {
 				rt.Fatalf("assignment %v", a)
 			}
 		}
@@ -219,21 +229,28 @@ func (c *invariants) generations(rt *rapid.T, id string, now *pb.Placement) {
 func TestTheHashShowsWhatDiffers(t *testing.T) {
 	other := workload("x", "")
 	other.Stdin = []byte("other")
+	sample := furnished(t)
 	for name, pair := range map[string][2]*pb.Command{
-		"node":        {command(&pb.RegisterNodeCommand{Info: nodeInfo("n8")}), command(&pb.RegisterNodeCommand{Info: nodeInfo("n9")})},
-		"peer":        {command(&pb.PutPeerCommand{Peer: &pb.Peer{Id: "p8"}}), command(&pb.PutPeerCommand{Peer: &pb.Peer{Id: "p9"}})},
-		"no peer":     {command(&pb.RemovePeerCommand{PeerId: "p1"}), command(&pb.RemovePeerCommand{PeerId: "p9"})},
-		"module":      {command(&pb.PutModuleCommand{Module: &pb.Module{Digest: "d", SizeBytes: 1}}), command(&pb.PutModuleCommand{Module: &pb.Module{Digest: "d", SizeBytes: 2}})},
-		"spec":        {command(create("x")), command(&pb.CreateInstancesCommand{Spec: other, InstanceIds: []string{"x-1"}})},
-		"instance":    {command(&pb.StopInstancesCommand{InstanceIds: []string{"w-1"}}), command(&pb.StopInstancesCommand{InstanceIds: []string{"nobody"}})},
-		"provider":    {command(&pb.SetProviderRunningCommand{ProviderId: "kv"}), command(&pb.SetProviderRunningCommand{ProviderId: "kv", Running: true})},
-		"assignment":  {command(&pb.AssignCapabilityCommand{InstanceIds: []string{"w-1"}, Grant: &pb.CapabilityGrant{Provider: "kv", Bucket: "a"}}), command(&pb.AssignCapabilityCommand{InstanceIds: []string{"w-1"}, Grant: &pb.CapabilityGrant{Provider: "kv", Bucket: "b"}})},
-		"event":       {{CorrelationId: "a", Payload: command(&pb.DrainNodeCommand{NodeId: "n1", Draining: true}).Payload}, {CorrelationId: "b", Payload: command(&pb.DrainNodeCommand{NodeId: "n1", Draining: true}).Payload}},
-		"answer":      {request("a", "d", &pb.RemovePeerCommand{}), request("b", "d", &pb.RemovePeerCommand{})},
-		"session":     {sessionOf("s8"), sessionOf("s9")},
-		"sequence":    {numbered("s1", 8, 1, &pb.RemovePeerCommand{}), numbered("s1", 9, 1, &pb.RemovePeerCommand{})},
-		"outstanding": {numbered("s1", 200, 180, &pb.RemovePeerCommand{}), numbered("s1", 200, 190, &pb.RemovePeerCommand{})},
-		"nothing":     {command(&pb.RemovePeerCommand{}), nil},
+		"node":         {command(&pb.RegisterNodeCommand{Info: nodeInfo("n8")}), command(&pb.RegisterNodeCommand{Info: nodeInfo("n9")})},
+		"peer":         {command(&pb.PutPeerCommand{Peer: &pb.Peer{Id: "p8"}}), command(&pb.PutPeerCommand{Peer: &pb.Peer{Id: "p9"}})},
+		"no peer":      {command(&pb.RemovePeerCommand{PeerId: "p1"}), command(&pb.RemovePeerCommand{PeerId: "p9"})},
+		"module":       {command(&pb.PutModuleCommand{Module: &pb.Module{Digest: "d", SizeBytes: 1}}), command(&pb.PutModuleCommand{Module: &pb.Module{Digest: "d", SizeBytes: 2}})},
+		"spec":         {command(create("x")), command(&pb.CreateInstancesCommand{Spec: other, InstanceIds: []string{"x-1"}})},
+		"instance":     {command(&pb.StopInstancesCommand{InstanceIds: []string{"w-1"}}), command(&pb.StopInstancesCommand{InstanceIds: []string{"nobody"}})},
+		"provider":     {command(&pb.SetProviderRunningCommand{ProviderId: "kv"}), command(&pb.SetProviderRunningCommand{ProviderId: "kv", Running: true})},
+		"assignment":   {command(&pb.AssignCapabilityCommand{InstanceIds: []string{"w-1"}, Grant: &pb.CapabilityGrant{Provider: "kv", Bucket: "a"}}), command(&pb.AssignCapabilityCommand{InstanceIds: []string{"w-1"}, Grant: &pb.CapabilityGrant{Provider: "kv", Bucket: "b"}})},
+		"event":        {{CorrelationId: "a", Payload: command(&pb.DrainNodeCommand{NodeId: "n1", Draining: true}).Payload}, {CorrelationId: "b", Payload: command(&pb.DrainNodeCommand{NodeId: "n1", Draining: true}).Payload}},
+		"answer":       {request("a", "d", &pb.RemovePeerCommand{}), request("b", "d", &pb.RemovePeerCommand{})},
+		"session":      {sessionOf("s8"), sessionOf("s9")},
+		"sequence":     {numbered("s1", 8, 1, &pb.RemovePeerCommand{}), numbered("s1", 9, 1, &pb.RemovePeerCommand{})},
+		"outstanding":  {numbered("s1", 200, 180, &pb.RemovePeerCommand{}), numbered("s1", 200, 190, &pb.RemovePeerCommand{})},
+		"replica":      {command(&pb.UpdateProviderCommand{Spec: bus("bus", 3)}), command(&pb.UpdateProviderCommand{Spec: bus("bus", 4)})},
+		"grace":        {command(&pb.SetProviderRunningCommand{ProviderId: "bus", Grace: durationpb.New(1)}), command(&pb.SetProviderRunningCommand{ProviderId: "bus", Grace: durationpb.New(2)})},
+		"calls":        {command(sample.inFlight(1)), command(sample.inFlight(2))},
+		"subscription": {command(sample.subscription("w-1", "bus", "a", true)), command(sample.subscription("w-1", "bus", "b", true))},
+		"ended":        {command(sample.subscription("w-1", "bus", "orders.*", false)), command(sample.subscription("w-1", "bus", "other", false))},
+		"denial":       {command(sample.refused("kv:write:a")), command(sample.refused("kv:write:b"))},
+		"nothing":      {command(&pb.RemovePeerCommand{}), nil},
 	} {
 		var hashes [2]string
 		for i, cmd := range pair {
@@ -247,6 +264,21 @@ func TestTheHashShowsWhatDiffers(t *testing.T) {
 			t.Errorf("%s: the hash does not show it", name)
 		}
 	}
+}
+
+// inFlight is a report on the messaging provider of a furnished state.
+func (b *bed) inFlight(calls uint32) *pb.ReportStatusRequest {
+	p := b.replica("bus", 1)
+	return &pb.ReportStatusRequest{NodeId: "n1", Epoch: 1, Providers: []*pb.ProviderReport{{
+		ProviderId: "bus", Replica: 1, Status: &pb.ProviderStatus{
+			State: pb.ProviderState_PROVIDER_STATE_DRAINING, Generation: p.GetPlacement().GetGeneration(), CallsInFlight: calls,
+		},
+	}}}
+}
+
+// refused is a report that an instance was refused something.
+func (b *bed) refused(need string) *pb.ReportStatusRequest {
+	return b.denials("n1", &pb.DenialReport{InstanceId: "w-1", ProviderId: "kv", Need: need, Count: 1})
 }
 
 // TestTheGeneratorReachesEverything keeps the test above honest: random logs
@@ -278,7 +310,7 @@ func TestTheGeneratorReachesEverything(t *testing.T) {
 		got  map[string]int
 		want int
 	}{
-		"commands": {done, 20}, "refusals": {refused, 5}, "events": {kinds, 26}, "states": {states, 11},
+		"commands": {done, 21}, "refusals": {refused, 7}, "events": {kinds, 29}, "states": {states, 11},
 	} {
 		if len(c.got) < c.want {
 			t.Errorf("%d kinds of %s, want %d: %v", len(c.got), what, c.want, c.got)

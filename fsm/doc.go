@@ -65,6 +65,20 @@
 // one higher. An instance in state LOST still names the node it was lost with,
 // and Placed reports false for it: it belongs to no node's set any more.
 //
+// # Replicas of a provider
+//
+// A provider has one record a replica, all with the same id and spec, each placed,
+// reported and LOST for itself and no two on one node. Commands of users are about
+// all of them; the scheduler and the agents name one. A replica whose driver keeps
+// state on its node (KeepsState), or that is pinned there, waits for its node; any
+// other is unplaced with the loss and placed again.
+//
+// # What guests decide
+//
+// A guest decides how often it is refused and to how many subjects it subscribes.
+// So an assignment holds at most MaxSubscriptions, and of refused calls at most
+// DenialsPerMinute facts a minute of command time are recorded.
+//
 // # Hash
 //
 // Each command folds its index and every record it changed, in order and in

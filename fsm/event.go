@@ -1,6 +1,10 @@
 package fsm
 
-import pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
+import (
+	"strconv"
+
+	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
+)
 
 // EventsKept is how many events the state holds; older ones are forgotten. Two
 // peers must never run with different values.
@@ -48,8 +52,21 @@ func (t *tx) providerEvent(kind pb.EventKind, p *pb.Provider, message string) {
 		ProviderId: p.GetId(),
 		NodeId:     p.GetPlacement().GetNodeId(),
 		Generation: p.GetPlacement().GetGeneration(),
-		Message:    message,
+		Message:    replicaMessage(p, message),
 	})
+}
+
+// replicaMessage says which replica a fact is about, but for the first, which most
+// providers have alone.
+func replicaMessage(p *pb.Provider, message string) string {
+	if p.GetReplica() == 0 {
+		return message
+	}
+	which := "replica " + strconv.FormatUint(uint64(p.GetReplica()), 10)
+	if message == "" {
+		return which
+	}
+	return which + ": " + message
 }
 
 func (t *tx) capabilityEvent(kind pb.EventKind, instanceID, providerID, message string) {

@@ -113,7 +113,7 @@ func (g *generator) payload(v fsm.View) proto.Message {
 		g.registerNode, g.expireNode, g.drainNode, g.peer, g.module,
 		g.createInstances, g.createInstances, g.changeInstances, g.changeInstances,
 		g.place, g.place, g.place, g.place, g.report, g.report, g.report, g.report, g.report,
-		g.capability, g.capability, g.provider, g.provider,
+		g.capability, g.capability, g.provider, g.provider, g.provider, g.subscribe, g.subscribe,
 		g.openSession, g.initCluster,
 	}
 	return pick(g.roll, makers...)(v)
@@ -121,7 +121,18 @@ func (g *generator) payload(v fsm.View) proto.Message {
 
 func (g *generator) nodeID() string { return fmt.Sprintf("n%d", g.roll(4)) }
 
-func (g *generator) providerID() string { return fmt.Sprintf("kv%d", g.roll(3)) }
+func (g *generator) providerID() string { return pick(g.roll, "kv0", "kv1", "kv2", busID, busID) }
+
+// busID is the messaging provider, the only one that may have replicas.
+const busID = "bus"
+
+func (g *generator) providerSpec() *pb.ProviderSpec {
+	id := g.providerID()
+	if id == busID {
+		return bus(busID, uint32(g.roll(4)))
+	}
+	return kv(id)
+}
 
 func (g *generator) instanceID(v fsm.View) string {
 	if ins := v.Instances(nil); len(ins) > 0 && !g.roll.chance(3) {
@@ -149,7 +160,11 @@ func (g *generator) near(n uint64) uint64 {
 func (g *generator) registerNode(v fsm.View) proto.Message {
 	c := &pb.RegisterNodeCommand{Info: nodeInfo(g.nodeID())}
 	if g.roll.chance(40) {
-		c.Providers = append(c.Providers, kv(g.providerID()))
+		spec := g.providerSpec()
+		if !g.roll.chance(10) {
+			spec.Replicas = 0
+		}
+		c.Providers = append(c.Providers, spec)
 	}
 	if n, ok := v.Node(c.GetInfo().GetId()); ok && g.roll.chance(60) {
 		c.Epoch = g.near(n.GetEpoch())
@@ -198,6 +213,12 @@ func (g *generator) createInstances(fsm.View) proto.Message {
 		spec.Capabilities = append(spec.Capabilities, g.grant())
 	}
 	c := &pb.CreateInstancesCommand{Spec: spec}
+	for range g.roll(6) / 4 {
+		subject := g.subject()
+		spec.Capabilities = append(spec.Capabilities, grant(busID, "msg:subscribe"))
+		spec.Triggers = append(spec.Triggers, &pb.Trigger{Trigger: &pb.Trigger_Subscribe{Subscribe: subject}})
+		c.Triggers = append(c.Triggers, &pb.TriggerTarget{Subject: subject, ProviderId: pick(g.roll, busID, busID, "kv0")})
+	}
 	for i := range max(1, spec.GetReplicas()) {
 		c.InstanceIds = append(c.InstanceIds, fmt.Sprintf("%s-%d-%d", spec.GetName(), g.seq, i))
 	}
@@ -224,7 +245,7 @@ func (g *generator) place(v fsm.View) proto.Message {
 		c.Decisions = append(c.Decisions, d)
 	}
 	for _, p := range v.UnplacedProviders(nil) {
-		d := &pb.PlaceDecision{ProviderId: p.GetId(), SeenGeneration: g.near(p.GetPlacement().GetGeneration())}
+		d := &pb.PlaceDecision{ProviderId: p.GetId(), Replica: p.GetReplica(), SeenGeneration: g.near(p.GetPlacement().GetGeneration())}
 		g.choose(v, d)
 		c.Decisions = append(c.Decisions, d)
 	}
@@ -258,13 +279,40 @@ func (g *generator) report(v fsm.View) proto.Message {
 		c.Instances = append(c.Instances, g.instanceReport(in))
 	}
 	for _, p := range v.ProvidersByNode(nil, id) {
-		c.Providers = append(c.Providers, &pb.ProviderReport{ProviderId: p.GetId(), Status: &pb.ProviderStatus{
+		c.Providers = append(c.Providers, &pb.ProviderReport{ProviderId: p.GetId(), Replica: uint32(g.near(uint64(p.GetReplica()))), Status: &pb.ProviderStatus{
+			CallsInFlight: uint32(g.roll(2)), SpecVersion: g.near(p.GetSpecVersion()),
 			State: pick(g.roll, pb.ProviderState_PROVIDER_STATE_STARTING, pb.ProviderState_PROVIDER_STATE_RUNNING,
 				pb.ProviderState_PROVIDER_STATE_DRAINING, pb.ProviderState_PROVIDER_STATE_STOPPED,
 				pb.ProviderState_PROVIDER_STATE_FAILED, pb.ProviderState_PROVIDER_STATE_LOST),
 			Generation: g.near(p.GetPlacement().GetGeneration()),
 		}})
 	}
+	for range g.roll(4) {
+		c.Denials = append(c.Denials, &pb.DenialReport{
+			InstanceId: g.instanceID(v), ProviderId: g.providerID(), Need: g.permission(), Count: uint64(g.roll(3)),
+		})
+	}
+	return c
+}
+
+func (g *generator) subject() string { return pick(g.roll, "orders", "orders.*", "a.>", "no subject") }
+
+// subscribe asks for a subscription as a node of the messaging provider would,
+// mostly for an instance that was granted it.
+func (g *generator) subscribe(v fsm.View) proto.Message {
+	c := &pb.RecordSubscriptionRequest{
+		NodeId: g.nodeID(), ProviderId: busID, InstanceId: g.instanceID(v),
+		Subject: g.subject(), Subscribed: g.roll.chance(70),
+	}
+	if hosts := v.ProviderReplicas(busID); len(hosts) > 0 && !g.roll.chance(10) {
+		c.NodeId = pick(g.roll, hosts...).GetPlacement().GetNodeId()
+	}
+	if users := v.AssignmentsByProvider(nil, busID); len(users) > 0 && !g.roll.chance(10) {
+		c.InstanceId = pick(g.roll, users...).GetInstanceId()
+	}
+	n, _ := v.Node(c.GetNodeId())
+	in, _ := v.Instance(c.GetInstanceId())
+	c.Epoch, c.Generation = g.near(n.GetEpoch()), g.near(in.GetPlacement().GetGeneration())
 	return c
 }
 
@@ -292,15 +340,17 @@ func (g *generator) capability(v fsm.View) proto.Message {
 }
 
 func (g *generator) provider(fsm.View) proto.Message {
-	spec := kv(g.providerID())
-	if g.roll.chance(30) {
+	spec := g.providerSpec()
+	if g.roll.chance(20) {
 		spec.Placement = &pb.PlacementRules{Node: g.nodeID()}
 	}
 	switch g.roll(6) {
 	case 0, 1:
 		return &pb.RegisterProviderCommand{Spec: spec}
 	case 2, 3:
-		return &pb.SetProviderRunningCommand{ProviderId: spec.GetId(), Running: g.roll.chance(50)}
+		return &pb.SetProviderRunningCommand{
+			ProviderId: spec.GetId(), Running: g.roll.chance(50), Grace: durationpb.New(time.Duration(g.roll(3)) * time.Second),
+		}
 	case 4:
 		return &pb.UpdateProviderCommand{Spec: spec}
 	default:

@@ -24,6 +24,7 @@ const (
 	hashSpec       byte = 9
 	hashSession    byte = 10
 	hashCluster    byte = 11
+	hashDenials    byte = 12
 )
 
 const (

@@ -9,7 +9,7 @@ import (
 )
 
 // createInstances accepts a workload: one PENDING instance a replica, and the
-// capability assignments its spec asks for. A name is refused while an instance
+// capability assignments its spec asks for, subscribed to what its triggers name. A name is refused while an instance
 // of that name is desired to run and has not ended; ended ones stay beside the
 // new ones until they are removed.
 func (t *tx) createInstances(c *pb.CreateInstancesCommand) ([]string, *refusal) {
@@ -17,6 +17,10 @@ func (t *tx) createInstances(c *pb.CreateInstancesCommand) ([]string, *refusal) 
 		return nil, r
 	}
 	grants, r := t.mergeGrants(c.GetSpec())
+	if r != nil {
+		return nil, r
+	}
+	subscriptions, r := t.triggered(c, grants)
 	if r != nil {
 		return nil, r
 	}
@@ -42,6 +46,7 @@ func (t *tx) createInstances(c *pb.CreateInstancesCommand) ([]string, *refusal) 
 				Permissions:   g.GetPermissions(),
 				Bucket:        g.GetBucket(),
 				CorrelationId: t.cmd.GetCorrelationId(),
+				Subscriptions: subscriptions[g.GetProvider()],
 			})
 		}
 	}

@@ -12,7 +12,7 @@ func (t *tx) registerNode(c *pb.RegisterNodeCommand) *pb.CommandResult {
 		return t.result(nil, r)
 	}
 	for _, spec := range c.GetProviders() {
-		if r := checkProviderSpec(spec); r != nil {
+		if r := checkDeclared(id, spec); r != nil {
 			return t.result(nil, r)
 		}
 	}

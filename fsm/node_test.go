@@ -13,6 +13,7 @@ const (
 	noInstance = pb.ErrorCode_ERROR_CODE_INSTANCE_NOT_FOUND
 	noProvider = pb.ErrorCode_ERROR_CODE_PROVIDER_NOT_FOUND
 	noModule   = pb.ErrorCode_ERROR_CODE_MODULE_NOT_FOUND
+	denied     = pb.ErrorCode_ERROR_CODE_PERMISSION_DENIED
 	exhausted  = pb.ErrorCode_ERROR_CODE_RESOURCE_EXHAUSTED
 )
 

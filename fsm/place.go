@@ -18,7 +18,7 @@ func (t *tx) place(c *pb.PlaceCommand) []string {
 		case instance != "" && provider == "" && t.placeInstance(d):
 			done = append(done, instance)
 		case provider != "" && instance == "" && t.placeProvider(d):
-			done = append(done, provider)
+			done = append(done, ReplicaName(provider, d.GetReplica()))
 		}
 	}
 	return done
@@ -92,8 +92,10 @@ func (t *tx) unplaceable(in *pb.Instance, message string) bool {
 	return true
 }
 
+// placeProvider places a replica that has no node. No node ever hosts two
+// replicas of one provider.
 func (t *tx) placeProvider(d *pb.PlaceDecision) bool {
-	p, ok := t.provider(d.GetProviderId())
+	p, ok := t.replica(d.GetProviderId(), d.GetReplica())
 	if !ok || !ProviderUnplaced(p) || p.GetPlacement().GetGeneration() != d.GetSeenGeneration() {
 		return false
 	}
@@ -108,6 +110,11 @@ func (t *tx) placeProvider(d *pb.PlaceDecision) bool {
 	node, ok := t.target(d)
 	if !ok {
 		return false
+	}
+	for _, other := range t.replicas(p.GetId()) {
+		if other.GetPlacement().GetNodeId() == node.GetId() {
+			return false
+		}
 	}
 	t.putProvider(t.assignProvider(p, node))
 	return true

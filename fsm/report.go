@@ -3,6 +3,7 @@ package fsm
 import (
 	"strconv"
 
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
@@ -14,17 +15,9 @@ import (
 // known; others are late or repeated and are skipped. The answer names those
 // that had an effect.
 func (t *tx) reportStatus(c *pb.ReportStatusRequest) ([]string, *refusal) {
-	node, ok := t.node(c.GetNodeId())
-	if !ok {
-		return nil, nodeNotFound(c.GetNodeId())
-	}
-	if node.GetEpoch() != c.GetEpoch() || !Ready(node) {
-		return nil, refuse(pb.ErrorCode_ERROR_CODE_CONFLICT,
-			"epoch %d of node %q is not alive", c.GetEpoch(), node.GetId()).
-			with("node", node.GetId()).
-			with("epoch", strconv.FormatUint(node.GetEpoch(), 10)).
-			with("state", node.GetState().String()).
-			next("register the node again")
+	node, r := t.liveNode(c.GetNodeId(), c.GetEpoch())
+	if r != nil {
+		return nil, r
 	}
 	var done []string
 	for _, r := range c.GetInstances() {
@@ -33,11 +26,29 @@ func (t *tx) reportStatus(c *pb.ReportStatusRequest) ([]string, *refusal) {
 		}
 	}
 	for _, r := range c.GetProviders() {
-		if t.reportProvider(node, r.GetProviderId(), r.GetStatus()) {
-			done = append(done, r.GetProviderId())
+		if t.reportProvider(node, r) {
+			done = append(done, ReplicaName(r.GetProviderId(), r.GetReplica()))
 		}
 	}
+	t.recordDenials(node, c.GetDenials())
 	return done, nil
+}
+
+// liveNode returns the node of an agent's message, which must be of the node's live
+// epoch.
+func (t *tx) liveNode(nodeID string, epoch uint64) (*pb.Node, *refusal) {
+	node, ok := t.node(nodeID)
+	if !ok {
+		return nil, nodeNotFound(nodeID)
+	}
+	if node.GetEpoch() != epoch || !Ready(node) {
+		return nil, refuse(pb.ErrorCode_ERROR_CODE_CONFLICT, "epoch %d of node %q is not alive", epoch, nodeID).
+			with("node", nodeID).
+			with("epoch", strconv.FormatUint(node.GetEpoch(), 10)).
+			with("state", node.GetState().String()).
+			next("register the node again")
+	}
+	return node, nil
 }
 
 // held reports whether a node holds a placement in its present epoch at the
@@ -173,8 +184,9 @@ func (t *tx) reportEvents(in *pb.Instance, known *pb.InstanceStatus) {
 	}
 }
 
-func (t *tx) reportProvider(node *pb.Node, id string, report *pb.ProviderStatus) bool {
-	p, ok := t.provider(id)
+func (t *tx) reportProvider(node *pb.Node, r *pb.ProviderReport) bool {
+	report := r.GetStatus()
+	p, ok := t.replica(r.GetProviderId(), r.GetReplica())
 	if !ok || !held(node, p.GetPlacement(), report.GetGeneration()) {
 		return false
 	}
@@ -182,10 +194,12 @@ func (t *tx) reportProvider(node *pb.Node, id string, report *pb.ProviderStatus)
 	if !providerSupersedes(report.GetState(), known.GetState()) {
 		return false
 	}
-	if report.GetState() == known.GetState() && message == known.GetMessage() {
+	out := t.withStatus(p, report.GetState(), message)
+	out.Status.CallsInFlight = report.GetCallsInFlight()
+	out.Status.SpecVersion = min(report.GetSpecVersion(), p.GetSpecVersion())
+	if proto.Equal(out.GetStatus(), known) {
 		return false
 	}
-	out := t.withStatus(p, report.GetState(), message)
 	t.putProvider(out)
 	if report.GetState() == known.GetState() {
 		return true

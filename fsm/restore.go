@@ -43,6 +43,7 @@ func (s *State) Restore(r io.Reader) error {
 	in.sum.hash = digest(header.GetStateHash())
 	in.sum.clusterID = header.GetClusterId()
 	in.sum.lastEvent = header.GetEventSequence()
+	in.sum.denials = denialWindow{header.GetDenials().GetMinute(), header.GetDenials().GetRecorded()}
 	b.sum = in.sum
 	b.replace()
 	return nil
@@ -270,7 +271,7 @@ func keyOf(rec *pb.SnapshotRecord) (place int, key string, number uint64) {
 	case *pb.SnapshotRecord_Instance:
 		return 4, r.Instance.GetId(), 0
 	case *pb.SnapshotRecord_Provider:
-		return 5, r.Provider.GetId(), 0
+		return 5, replicaKey(r.Provider.GetId(), r.Provider.GetReplica()), 0
 	case *pb.SnapshotRecord_Assignment:
 		if r.Assignment.GetInstanceId() == "" || r.Assignment.GetProviderId() == "" {
 			return 6, "", 0

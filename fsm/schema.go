@@ -177,7 +177,7 @@ func schema() *memdb.DBSchema {
 		),
 		tableOf(
 			tableProviders,
-			unique(byText((*pb.Provider).GetId)),
+			unique(byText(func(p *pb.Provider) string { return replicaKey(p.GetId(), p.GetReplica()) })),
 			some(indexNode, byText(func(p *pb.Provider) string { return p.GetPlacement().GetNodeId() })),
 			some(indexUnplaced, textIndex[*pb.Provider]{value: func(p *pb.Provider) (string, bool) {
 				return p.GetId(), ProviderUnplaced(p)

@@ -17,7 +17,7 @@ import (
 const (
 	// snapshotFormat is the version of the format that is written; all from
 	// oldestFormat on are read.
-	snapshotFormat = 2
+	snapshotFormat = 3
 	oldestFormat   = 1
 	// maxRecordBytes bounds one record of a snapshot. A record comes from one
 	// command of at most MaxCommandBytes.
@@ -64,6 +64,7 @@ func (v View) header() *pb.SnapshotHeader {
 		Time:          v.sum.time,
 		EventSequence: v.sum.lastEvent,
 		ClusterId:     v.sum.clusterID,
+		Denials:       v.sum.denials.message(),
 	}
 }
 

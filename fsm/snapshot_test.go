@@ -53,6 +53,11 @@ func furnished(t testing.TB) *bed {
 	b.running("w", "", "n1", grant("kv", "kv:read"))
 	b.running("v", "always", "n2", grant("kv", "kv:write"))
 	b.run("waits", "")
+	b.do(&pb.RegisterProviderCommand{Spec: bus("bus", 2)})
+	b.placeReplica("bus", 1, "n1")
+	b.do(&pb.AssignCapabilityCommand{InstanceIds: []string{"w-1"}, Grant: grant("bus", "msg:subscribe")})
+	b.do(b.subscription("w-1", "bus", "orders.*", true))
+	b.do(b.denials("n1", &pb.DenialReport{InstanceId: "w-1", ProviderId: "kv", Need: "kv:write:a", Count: 2}))
 	b.send(request("r1", "d", create("u")))
 	b.send(request("r2", "d", create("u")))
 	b.expire("n2", 1)
@@ -129,7 +134,7 @@ func TestInspectingASnapshot(t *testing.T) {
 	b := furnished(t)
 	data := dump(t, b.s)
 	header, err := fsm.InspectSnapshot(bytes.NewReader(data))
-	if err != nil || header.GetIndex() != b.index || header.GetFormat() != 2 {
+	if err != nil || header.GetIndex() != b.index || header.GetFormat() != 3 {
 		t.Errorf("got %v, %v", header, err)
 	}
 	if _, err := fsm.InspectSnapshot(bytes.NewReader(data[:len(data)-1])); !errors.Is(err, fsm.ErrBadSnapshot) {
@@ -189,7 +194,7 @@ func TestASnapshotThatNoPeerWroteIsRefused(t *testing.T) {
 	}{
 		"none": {nil, func(r []*pb.SnapshotRecord) []*pb.SnapshotRecord { return r }},
 		"another format": {fsm.ErrSnapshotFormat, func(r []*pb.SnapshotRecord) []*pb.SnapshotRecord {
-			r[0].GetHeader().Format = 3
+			r[0].GetHeader().Format = 4
 			return r
 		}},
 		"no header": {fsm.ErrBadSnapshot, func(r []*pb.SnapshotRecord) []*pb.SnapshotRecord { return r[1:] }},
@@ -247,6 +252,11 @@ func TestASnapshotThatNoPeerWroteIsRefused(t *testing.T) {
 			return slices.DeleteFunc(r, func(r *pb.SnapshotRecord) bool {
 				return r.GetSession() != nil || r.GetDedup().GetSessionId() != ""
 			})
+		}},
+		"a replica twice": {fsm.ErrBadSnapshot, func(r []*pb.SnapshotRecord) []*pb.SnapshotRecord {
+			at := find(r, func(r *pb.SnapshotRecord) bool { return r.GetProvider().GetReplica() == 1 })
+			r[at].GetProvider().Replica = 0
+			return r
 		}},
 		"an empty record": {fsm.ErrBadSnapshot, func(r []*pb.SnapshotRecord) []*pb.SnapshotRecord {
 			return append(r, &pb.SnapshotRecord{})

@@ -20,6 +20,7 @@ type summary struct {
 	// The answers outside of sessions, and those that sessions keep.
 	dedupCount, sessionAnswers int
 	sessionCount               int
+	denials                    denialWindow
 }
 
 // State is the replicated state. Apply and Restore take turns with each other;

@@ -101,12 +101,14 @@ func Ready(n *pb.Node) bool { return n.GetState() == pb.NodeState_NODE_STATE_REA
 // Schedulable reports whether a node takes new placements.
 func Schedulable(n *pb.Node) bool { return Ready(n) && !n.GetDraining() }
 
-// ProviderPlaced reports whether a provider belongs to a node. Once placed it
-// stays with its node, also while it is stopped or the node is lost, because its
-// data may be there; only a new pin to another node unplaces it.
+// ProviderPlaced reports whether a replica of a provider belongs to a node. Once
+// placed it stays with its node while it is stopped. While the node is lost it
+// stays if its data may be there; what keeps no state on its node (KeepsState) and
+// is not pinned to it is unplaced then, and so is what gets a pin to another node.
 func ProviderPlaced(p *pb.Provider) bool { return p.GetPlacement().GetNodeId() != "" }
 
-// ProviderUnplaced reports whether the scheduler must find a node for a provider.
+// ProviderUnplaced reports whether the scheduler must find a node for a replica of
+// a provider.
 func ProviderUnplaced(p *pb.Provider) bool { return p.GetDesiredRunning() && !ProviderPlaced(p) }
 
 // reportable reports whether an agent may report s for an instance; the other

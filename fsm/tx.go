@@ -97,6 +97,8 @@ func (t *tx) transition() *pb.CommandResult {
 		return t.result(t.assignCapability(p.AssignCapability))
 	case *pb.Command_RevokeCapability:
 		return t.result(t.revokeCapability(p.RevokeCapability))
+	case *pb.Command_RecordSubscription:
+		return t.result(t.recordSubscription(p.RecordSubscription))
 	case *pb.Command_RegisterProvider:
 		return t.result(t.registerProvider(p.RegisterProvider))
 	case *pb.Command_SetProviderRunning:
@@ -188,9 +190,15 @@ func addLoad(txn *memdb.Txn, node string, by int) {
 	must(txn.Insert(tableLoads, &load{node: node, instances: count}))
 }
 
-func (t *tx) provider(id string) (*pb.Provider, bool) {
-	return first[*pb.Provider](t.txn, tableProviders, indexID, id)
+// provider returns the first replica of a provider; all have one id and spec.
+func (t *tx) provider(id string) (*pb.Provider, bool) { return t.replica(id, 0) }
+
+func (t *tx) replica(id string, replica uint32) (*pb.Provider, bool) {
+	return first[*pb.Provider](t.txn, tableProviders, indexID, id, replicaPart(replica))
 }
+
+// replicas returns all replicas of a provider in order.
+func (t *tx) replicas(id string) []*pb.Provider { return replicasOf(t.txn, id) }
 
 func (t *tx) putProvider(p *pb.Provider) {
 	p.ModifiedIndex = t.index
@@ -199,7 +207,7 @@ func (t *tx) putProvider(p *pb.Provider) {
 }
 
 func (t *tx) deleteProvider(p *pb.Provider) {
-	t.chain.remove(hashProvider, p.GetId())
+	t.chain.remove(hashProvider, ReplicaName(p.GetId(), p.GetReplica()))
 	t.delete(tableProviders, p)
 }
 

@@ -66,23 +66,30 @@ func (v View) Modules(ws memdb.WatchSet) []*pb.Module {
 	return list[*pb.Module](v.txn, ws, tableModules, indexID)
 }
 
-// Provider returns a capability provider.
+// Provider returns the first replica of a capability provider. All replicas have
+// the same id and spec; ProviderReplicas returns them all.
 func (v View) Provider(id string) (*pb.Provider, bool) {
-	return first[*pb.Provider](v.txn, tableProviders, indexID, id)
+	return first[*pb.Provider](v.txn, tableProviders, indexID, id, replicaPart(0))
 }
 
-// Providers returns all capability providers in the order of their ids.
+// ProviderReplicas returns the replicas of a capability provider in order; none
+// when there is no such provider.
+func (v View) ProviderReplicas(id string) []*pb.Provider { return replicasOf(v.txn, id) }
+
+// Providers returns the replicas of all capability providers in the order of
+// their ids and of their numbers.
 func (v View) Providers(ws memdb.WatchSet) []*pb.Provider {
 	return list[*pb.Provider](v.txn, ws, tableProviders, indexID)
 }
 
-// ProvidersByNode returns the providers that belong to a node, stopped and LOST
-// ones too, in the order of their ids.
+// ProvidersByNode returns the replicas of providers that belong to a node, stopped
+// and LOST ones too, in the order of their ids. No two are of one provider.
 func (v View) ProvidersByNode(ws memdb.WatchSet, nodeID string) []*pb.Provider {
 	return list[*pb.Provider](v.txn, ws, tableProviders, indexNode, nodeID)
 }
 
-// UnplacedProviders returns the providers that need a node, in the order of their ids.
+// UnplacedProviders returns the replicas of providers that need a node, in the
+// order of their ids and of their numbers.
 func (v View) UnplacedProviders(ws memdb.WatchSet) []*pb.Provider {
 	return list[*pb.Provider](v.txn, ws, tableProviders, indexUnplaced)
 }

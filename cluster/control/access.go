@@ -22,7 +22,7 @@ type rule struct {
 var (
 	// admins may observe, and call what runs.
 	admins = rule{allow: identity.Subject.IsAdmin}
-	// adminsAudited may change the cluster, or data behind a provider.
+	// adminsAudited may change the cluster, or reach data behind a provider.
 	adminsAudited = rule{allow: identity.Subject.IsAdmin, audit: true}
 	// adminsAndNodes may fetch what nodes run.
 	adminsAndNodes = rule{allow: func(s identity.Subject) bool { return s.IsAdmin() || s.IsWorker() || s.IsPeer() }}
@@ -50,6 +50,7 @@ var access = map[string]rule{
 	pb.ControlPlaneService_GetProvider_FullMethodName:        admins,
 	pb.ControlPlaneService_ListProviders_FullMethodName:      admins,
 	pb.ControlPlaneService_CallProvider_FullMethodName:       adminsAudited,
+	pb.ControlPlaneService_SubscribeMessages_FullMethodName:  adminsAudited,
 	pb.ControlPlaneService_ListNodes_FullMethodName:          admins,
 	pb.ControlPlaneService_DrainNode_FullMethodName:          adminsAudited,
 	pb.ControlPlaneService_UndrainNode_FullMethodName:        adminsAudited,

@@ -24,6 +24,7 @@ type fakeAgent struct {
 	invoke   func(context.Context, *pb.InvokeInstanceRequest) (*pb.InvokeInstanceResponse, error)
 	invoked  []string
 	call     func(context.Context, *pb.InvokeCapabilityRequest) (*pb.InvokeCapabilityResponse, error)
+	messages func(*pb.SubscribeMessagesRequest, grpc.ServerStreamingServer[pb.SubscribeMessagesResponse]) error
 	usage    *pb.ResourceUsage
 	hang     bool
 	logs     map[string][]*pb.LogEntry
@@ -55,6 +56,11 @@ func (a *fakeAgent) calls() int {
 // InvokeCapability implements pb.NodeAgentServiceServer.
 func (a *fakeAgent) InvokeCapability(ctx context.Context, req *pb.InvokeCapabilityRequest) (*pb.InvokeCapabilityResponse, error) {
 	return a.call(ctx, req)
+}
+
+// SubscribeMessages implements pb.NodeAgentServiceServer.
+func (a *fakeAgent) SubscribeMessages(req *pb.SubscribeMessagesRequest, stream grpc.ServerStreamingServer[pb.SubscribeMessagesResponse]) error {
+	return a.messages(req, stream)
 }
 
 // QueryInstance implements pb.NodeAgentServiceServer.

@@ -84,10 +84,13 @@ func TestTheLifeOfAProvider(t *testing.T) {
 	wantCode(t, err, pb.ErrorCode_ERROR_CODE_INVALID_REQUEST)
 
 	for _, wrong := range []*pb.ProviderSpec{
-		{Id: "web", Type: "http"},
-		{Id: "bus", Type: "messaging"},
-		{Id: "bank", Type: "external"},
-		{Id: "cache", Type: "kv", Driver: "redis"},
+		{Id: "web", Type: "http", Driver: "proxy"},
+		{Id: "bus", Type: "messaging", Driver: "kafka"},
+		{Id: "bank", Type: "external", Driver: "rest"},
+		{Id: "cache", Type: "kv", Driver: "etcd"},
+		{Id: "queue", Type: "queue"},
+		{Id: "cache", Type: "kv", Driver: "memory", Replicas: 2},
+		{Id: "bus", Type: "messaging", Replicas: 2},
 	} {
 		_, err := p.client.RegisterProvider(ctx, &pb.RegisterProviderRequest{Spec: wrong})
 		wantCode(t, err, pb.ErrorCode_ERROR_CODE_INVALID_REQUEST)
@@ -95,7 +98,7 @@ func TestTheLifeOfAProvider(t *testing.T) {
 			t.Errorf("%v is refused without a next step", wrong)
 		}
 	}
-	_, err = p.client.UpdateProvider(ctx, &pb.UpdateProviderRequest{Spec: &pb.ProviderSpec{Id: "store", Type: "kv", Driver: "redis"}})
+	_, err = p.client.UpdateProvider(ctx, &pb.UpdateProviderRequest{Spec: &pb.ProviderSpec{Id: "store", Type: "kv", Driver: "etcd"}})
 	wantCode(t, err, pb.ErrorCode_ERROR_CODE_INVALID_REQUEST)
 
 	id := p.start("web", 1)[0]

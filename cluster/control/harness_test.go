@@ -339,16 +339,21 @@ func (p *testPeer) run(id, node string) {
 // runProvider places a provider and reports its state.
 func (p *testPeer) runProvider(id, node string, state pb.ProviderState) {
 	p.t.Helper()
+	p.runReplica(id, 0, node, state)
+}
+
+func (p *testPeer) runReplica(id string, replica uint32, node string, state pb.ProviderState) {
+	p.t.Helper()
 	view := p.state.View()
 	n, _ := view.Node(node)
-	rec, _ := view.Provider(id)
+	rec := view.ProviderReplicas(id)[replica]
 	p.apply(&pb.Command{Payload: &pb.Command_Place{Place: &pb.PlaceCommand{Decisions: []*pb.PlaceDecision{{
-		ProviderId: id, SeenGeneration: rec.GetPlacement().GetGeneration(), NodeId: node, NodeEpoch: n.GetEpoch(),
+		ProviderId: id, Replica: replica, SeenGeneration: rec.GetPlacement().GetGeneration(), NodeId: node, NodeEpoch: n.GetEpoch(),
 	}}}}})
-	rec, _ = p.state.View().Provider(id)
+	rec = p.state.View().ProviderReplicas(id)[replica]
 	p.apply(&pb.Command{Payload: &pb.Command_ReportStatus{ReportStatus: &pb.ReportStatusRequest{
 		NodeId: node, Epoch: n.GetEpoch(),
-		Providers: []*pb.ProviderReport{{ProviderId: id, Status: &pb.ProviderStatus{
+		Providers: []*pb.ProviderReport{{ProviderId: id, Replica: replica, Status: &pb.ProviderStatus{
 			State: state, Generation: rec.GetPlacement().GetGeneration(),
 		}}},
 	}}})

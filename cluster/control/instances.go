@@ -12,17 +12,22 @@ import (
 func (h *handlers) StartInstance(ctx context.Context, req *pb.StartInstanceRequest) (*pb.StartInstanceResponse, error) {
 	spec := req.GetSpec()
 	var ids []string
+	var triggers []*pb.TriggerTarget
 	err := h.judge(ctx, req.GetRequestId(), func(view fsm.View) (err error) {
-		if err = checkSpec(view, spec); err == nil {
-			ids, err = h.mint(view, spec.GetName(), max(1, int(spec.GetReplicas())))
+		if err = checkSpec(view, spec); err != nil {
+			return err
 		}
+		if triggers, err = triggerTargets(view, spec); err != nil {
+			return err
+		}
+		ids, err = h.mint(view, spec.GetName(), max(1, int(spec.GetReplicas())))
 		return err
 	})
 	if err != nil {
 		return nil, err
 	}
 	res, view, err := h.propose(ctx, req, &pb.Command{Payload: &pb.Command_CreateInstances{
-		CreateInstances: &pb.CreateInstancesCommand{Spec: spec, InstanceIds: ids},
+		CreateInstances: &pb.CreateInstancesCommand{Spec: spec, InstanceIds: ids, Triggers: triggers},
 	}}, &pb.Precondition{Record: &pb.Precondition_Workload{Workload: spec.GetName()}})
 	if err != nil {
 		return nil, nameInUse(err)

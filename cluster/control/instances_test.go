@@ -106,6 +106,8 @@ func TestStartInstanceRefusesWhatCannotWork(t *testing.T) {
 	outbound := p.addModule(modulestest.Reactor("wasmatrix:http/v1 request"))
 	external := p.addModule(modulestest.Reactor("wasmatrix:provider/v1 call"))
 	handlers := p.addModule(modulestest.Wasm(nil, "wasmatrix_alloc", "wasmatrix_on_http", "wasmatrix_on_message"))
+	command, reactor2 := p.addModule(modulestest.Command()), p.addModule(modulestest.Reactor())
+	p.addProvider("bus2", "messaging")
 	p.start("taken", 1)
 	taken := p.state.View().InstancesByName(nil, "taken")[0].GetId()
 
@@ -128,6 +130,15 @@ func TestStartInstanceRefusesWhatCannotWork(t *testing.T) {
 		return func(s *pb.WorkloadSpec) { s.Module, s.Capabilities, s.Triggers = module, nil, []*pb.Trigger{way} }
 	}
 	http := &pb.Trigger{Trigger: &pb.Trigger_Http{Http: &pb.HttpTrigger{Path: "/"}}}
+	triggered := func(module, subject string, grants ...*pb.CapabilityGrant) func(*pb.WorkloadSpec) {
+		return func(s *pb.WorkloadSpec) {
+			trigger(module, &pb.Trigger{Trigger: &pb.Trigger_Subscribe{Subscribe: subject}})(s)
+			s.Capabilities = grants
+		}
+	}
+	allow := func(provider, permission string) *pb.CapabilityGrant {
+		return &pb.CapabilityGrant{Provider: provider, Permissions: []string{permission}}
+	}
 	subscribe := func(subject string) *pb.Trigger {
 		return &pb.Trigger{Trigger: &pb.Trigger_Subscribe{Subscribe: subject}}
 	}
@@ -172,7 +183,15 @@ func TestStartInstanceRefusesWhatCannotWork(t *testing.T) {
 		{"a spec that fills the log", func(s *pb.WorkloadSpec) { s.Args = slices.Repeat([]string{strings.Repeat("x", 100_000)}, 30) }, invalidRequest, "bytes", "provider"},
 		{"replicas that fill a snapshot", func(s *pb.WorkloadSpec) { s.Stdin, s.Replicas = make([]byte, 1<<20), 100 }, invalidRequest, "100 replicas", "fewer replicas"},
 		{"an HTTP trigger", trigger(handlers, http), invalidRequest, "kind http", "leave triggers out"},
-		{"a subscription", trigger(handlers, subscribe("orders.*")), invalidRequest, "kind subscribe", "leave triggers out"},
+		{"a subscription without a provider", trigger(handlers, subscribe("orders.*")), denied, "none was granted", "add --allow msg:subscribe:orders.*"},
+		{"a subscription at a kv", triggered(handlers, "orders.*", allow("store", "kv:read")), denied, "none was granted", "msg:subscribe:orders.*"},
+		{"a subscription wider than the grant", triggered(handlers, "orders.>", allow("bus", "msg:subscribe:orders.*")), denied, "covered by no granted permission", "add --allow msg:subscribe:orders.>"},
+		{"a subscription that may only publish", triggered(handlers, "orders", allow("bus", "msg:publish")), denied, "covered by no granted permission", "add --allow msg:subscribe:orders"},
+		{"a subscription at two providers", triggered(handlers, "a", allow("bus", "msg:subscribe"), allow("bus2", "msg:subscribe:a")), invalidRequest, "2 providers", "one of them only"},
+		{"no subject", triggered(handlers, "a..b", allow("bus", "msg:subscribe")), invalidRequest, "not a subject", "join tokens by dots"},
+		{"a subscription of a command", triggered(command, "a", allow("bus", "msg:subscribe")), invalidRequest, "is a command", "exports wasmatrix_on_message"},
+		{"a subscription without a handler", triggered(reactor2, "a", allow("bus", "msg:subscribe")), invalidRequest, "does not export wasmatrix_on_message", "register a message handler"},
+		{"a subscription at a provider nobody has", triggered(handlers, "a", allow("nothing", "msg:subscribe")), pb.ErrorCode_ERROR_CODE_PROVIDER_NOT_FOUND, "nothing", "provider list"},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
@@ -202,6 +221,7 @@ func TestStartInstanceAcceptsWhatCanWork(t *testing.T) {
 	p := newPeer(t)
 	p.addProvider("store", "kv")
 	p.addProvider("bus", "messaging")
+	p.addProvider("bus2", "messaging")
 	p.addProvider("bank", "external")
 	for name, spec := range map[string]*pb.WorkloadSpec{
 		"command": {
@@ -209,6 +229,19 @@ func TestStartInstanceAcceptsWhatCanWork(t *testing.T) {
 		},
 		"handlers": {
 			Module: p.addModule(modulestest.Wasm(nil, "wasmatrix_alloc", "wasmatrix_on_http", "wasmatrix_on_message")),
+		},
+		"triggers": {
+			Module: p.addModule(modulestest.Wasm(nil, "wasmatrix_alloc", "wasmatrix_on_http", "wasmatrix_on_message")),
+			Capabilities: []*pb.CapabilityGrant{
+				{Provider: "bus", Permissions: []string{"msg:subscribe:orders.*"}},
+				{Provider: "bus", Permissions: []string{"msg:subscribe:a.>"}},
+				{Provider: "bus2", Permissions: []string{"msg:subscribe:b"}},
+			},
+			Triggers: []*pb.Trigger{
+				{Trigger: &pb.Trigger_Subscribe{Subscribe: "orders.*"}},
+				{Trigger: &pb.Trigger_Subscribe{Subscribe: "a.b.>"}},
+				{Trigger: &pb.Trigger_Subscribe{Subscribe: "b"}},
+			},
 		},
 		"grants": {
 			Module: p.addModule(modulestest.Reactor("wasmatrix:kv/v1 cas", "wasmatrix:messaging/v1 request", "wasmatrix:provider/v1 call")),
@@ -226,6 +259,13 @@ func TestStartInstanceAcceptsWhatCanWork(t *testing.T) {
 		spec.Name = name
 		if _, err := p.client.StartInstance(asAlice(t.Context()), &pb.StartInstanceRequest{Spec: spec}); err != nil {
 			t.Errorf("%s: %v", name, err)
+		}
+	}
+	view := p.state.View()
+	id := view.InstancesByName(nil, "triggers")[0].GetId()
+	for provider, want := range map[string][]string{"bus": {"a.b.>", "orders.*"}, "bus2": {"b"}} {
+		if a, _ := view.Assignment(id, provider); !slices.Equal(a.GetSubscriptions(), want) {
+			t.Errorf("subscriptions at %s: %v, want %v", provider, a.GetSubscriptions(), want)
 		}
 	}
 }

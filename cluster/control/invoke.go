@@ -10,7 +10,6 @@ import (
 
 	"github.com/wasmatrix/wasmatrix/apierror"
 	"github.com/wasmatrix/wasmatrix/fsm"
-	"github.com/wasmatrix/wasmatrix/identity"
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
 )
 
@@ -47,6 +46,9 @@ func (h *handlers) Invoke(ctx context.Context, req *pb.InvokeRequest) (*pb.Invok
 	return nil, err
 }
 
+// refusedBy is the detail with which an agent marks an error as the guest's own.
+const refusedBy = "refused_by"
+
 // invokeOn calls one instance. again says that the guest certainly did not run,
 // so that another replica may be tried.
 func (h *handlers) invokeOn(ctx context.Context, view fsm.View, inst *pb.Instance, req *pb.InvokeRequest) (resp *pb.InvokeResponse, again bool, err error) {
@@ -60,6 +62,9 @@ func (h *handlers) invokeOn(ctx context.Context, view fsm.View, inst *pb.Instanc
 	answer, err := agent.InvokeInstance(ctx, &pb.InvokeInstanceRequest{InstanceId: inst.GetId(), Request: req}, grpc.Peer(&reached))
 	if err != nil {
 		failure := apierror.From(err)
+		if failure.Detail(refusedBy) != "" {
+			return nil, false, failure // whatever its code, the guest ran and said so
+		}
 		switch failure.Code() {
 		case pb.ErrorCode_ERROR_CODE_COMMUNICATION_FAILURE:
 			return nil, reached.Addr == nil && ctx.Err() == nil, errNodeUnreached(node, address, failure)
@@ -139,79 +144,4 @@ func errNodeUnreached(node, address string, cause error) error {
 	return apierror.New(pb.ErrorCode_ERROR_CODE_COMMUNICATION_FAILURE, "the agent of node %s did not answer: %s", node, cause).
 		With("node", node).With("address", address).
 		Next("wasmatrix node list")
-}
-
-// CallProvider implements pb.ControlPlaneServiceServer. The provider's own agent
-// serves the call, as it does for a guest of another node.
-func (h *handlers) CallProvider(ctx context.Context, req *pb.CallProviderRequest) (*pb.CallProviderResponse, error) {
-	view, err := h.settle(ctx, func(view fsm.View) prospect {
-		p, _ := view.Provider(req.GetProviderId())
-		return callable(p)
-	})
-	if err != nil {
-		return nil, err
-	}
-	p, err := providerOf(view, req.GetProviderId())
-	if err != nil {
-		return nil, err
-	}
-	if serves := capabilityOf[p.GetSpec().GetType()]; serves != req.GetCapability() {
-		return nil, invalid("provider %s serves the capability %s, not %s", p.GetId(), serves, req.GetCapability()).
-			With("provider", p.GetId()).With("type", p.GetSpec().GetType()).
-			Next("wasmatrix provider list")
-	}
-	if callable(p) != ready {
-		return nil, errProviderUnavailable(p)
-	}
-	node := p.GetPlacement().GetNodeId()
-	agent, address, err := h.agentOf(view, node)
-	if err != nil {
-		return nil, err
-	}
-	caller, _ := identity.Caller(ctx)
-	resp, err := agent.InvokeCapability(ctx, &pb.InvokeCapabilityRequest{
-		Caller:     &pb.InvokeCapabilityRequest_User{User: &pb.UserCaller{User: caller.Name, Bucket: req.GetBucket()}},
-		ProviderId: p.GetId(),
-		Capability: req.GetCapability(),
-		Operation:  req.GetOperation(),
-		Payload:    req.GetPayload(),
-	})
-	if err != nil {
-		failure := apierror.From(err)
-		if failure.Code() == pb.ErrorCode_ERROR_CODE_COMMUNICATION_FAILURE {
-			return nil, errNodeUnreached(node, address, failure)
-		}
-		return nil, failure
-	}
-	return &pb.CallProviderResponse{Payload: resp.GetPayload()}, nil
-}
-
-// callable says whether a provider can be called, now or soon. One that failed,
-// drains or is lost makes nobody wait.
-func callable(p *pb.Provider) prospect {
-	if p == nil || !p.GetDesiredRunning() {
-		return never
-	}
-	switch p.GetStatus().GetState() {
-	case pb.ProviderState_PROVIDER_STATE_RUNNING:
-		return ready
-	case pb.ProviderState_PROVIDER_STATE_PENDING, pb.ProviderState_PROVIDER_STATE_ASSIGNED,
-		pb.ProviderState_PROVIDER_STATE_STARTING:
-		return soon
-	default:
-		return never
-	}
-}
-
-func errProviderUnavailable(p *pb.Provider) error {
-	state := strings.TrimPrefix(p.GetStatus().GetState().String(), "PROVIDER_STATE_")
-	e := apierror.New(pb.ErrorCode_ERROR_CODE_PROVIDER_UNAVAILABLE, "provider %s does not serve: it is %s", p.GetId(), state).
-		With("provider", p.GetId()).With("state", state)
-	if message := p.GetStatus().GetMessage(); message != "" {
-		e = e.With("status", message)
-	}
-	if !p.GetDesiredRunning() {
-		return e.Next("wasmatrix provider start %s", p.GetId())
-	}
-	return e.Next("wasmatrix provider get %s", p.GetId())
 }

@@ -2,6 +2,7 @@ package control
 
 import (
 	"context"
+	"maps"
 	"slices"
 	"strings"
 
@@ -24,29 +25,39 @@ func (h *handlers) RegisterProvider(ctx context.Context, req *pb.RegisterProvide
 	return &pb.RegisterProviderResponse{Provider: p, Index: index}, nil
 }
 
-// checkProvider refuses providers that no node of this version can serve.
+// driversOf lists the drivers that nodes have, by type of provider; the first one
+// is the default.
+var driversOf = map[string][]string{
+	"kv":        {"bbolt", "memory", "redis", "nats"},
+	"http":      {"direct"},
+	"messaging": {"embedded", "nats"},
+	"external":  {"grpc"},
+}
+
+// checkProvider refuses providers that no node of this version can serve. How
+// many replicas there may be is judged by the state, which also knows the
+// providers that nodes declare.
 func checkProvider(spec *pb.ProviderSpec) error {
-	if kind := spec.GetType(); kind != providerKV {
-		return invalid("no node can serve a provider of type %q", kind).
-			With("type", kind).
-			Next("register one of type kv: this version serves kv; http, messaging and external providers are not built yet")
+	drivers, known := driversOf[spec.GetType()]
+	if !known {
+		types := strings.Join(slices.Sorted(maps.Keys(driversOf)), ", ")
+		return invalid("there is no type of provider %q", spec.GetType()).
+			With("type", spec.GetType()).With("known", types).
+			Next("choose one of the types %s", types)
 	}
-	if driver := spec.GetDriver(); driver != "" && !slices.Contains(kvDrivers(), driver) {
-		return invalid("kv has no driver %q", driver).
-			With("driver", driver).
-			Next("choose one of the drivers %s", strings.Join(kvDrivers(), ", "))
+	if driver := spec.GetDriver(); driver != "" && !slices.Contains(drivers, driver) {
+		return invalid("providers of type %s have no driver %q", spec.GetType(), driver).
+			With("type", spec.GetType()).With("driver", driver).With("known", strings.Join(drivers, ", ")).
+			Next("choose one of the drivers %s", strings.Join(drivers, ", "))
 	}
 	return checkPlacement(spec.GetPlacement())
 }
 
-// providerKV is the one type of provider that nodes of this version serve.
-const providerKV = "kv"
-
-func kvDrivers() []string { return []string{"bbolt", "memory"} }
-
 // StartProvider implements pb.ControlPlaneServiceServer.
 func (h *handlers) StartProvider(ctx context.Context, req *pb.StartProviderRequest) (*pb.StartProviderResponse, error) {
-	p, index, err := h.changeProvider(ctx, req, req.GetProviderId(), setRunning(req.GetProviderId(), true))
+	p, index, err := h.changeProvider(ctx, req, req.GetProviderId(), setRunning(&pb.SetProviderRunningCommand{
+		ProviderId: req.GetProviderId(), Running: true,
+	}))
 	if err != nil {
 		return nil, err
 	}
@@ -55,7 +66,9 @@ func (h *handlers) StartProvider(ctx context.Context, req *pb.StartProviderReque
 
 // StopProvider implements pb.ControlPlaneServiceServer.
 func (h *handlers) StopProvider(ctx context.Context, req *pb.StopProviderRequest) (*pb.StopProviderResponse, error) {
-	p, index, err := h.changeProvider(ctx, req, req.GetProviderId(), setRunning(req.GetProviderId(), false))
+	p, index, err := h.changeProvider(ctx, req, req.GetProviderId(), setRunning(&pb.SetProviderRunningCommand{
+		ProviderId: req.GetProviderId(), Grace: req.GetGrace(),
+	}))
 	if err != nil {
 		return nil, err
 	}
@@ -87,7 +100,8 @@ func (h *handlers) DeregisterProvider(ctx context.Context, req *pb.DeregisterPro
 	return &pb.DeregisterProviderResponse{Index: res.GetIndex()}, nil
 }
 
-// changeProvider proposes a change of one provider and returns its record after that.
+// changeProvider proposes a change of one provider and returns the record of its
+// first replica after that.
 func (h *handlers) changeProvider(ctx context.Context, req write, id string, cmd *pb.Command) (*pb.Provider, uint64, error) {
 	res, view, err := h.propose(ctx, req, cmd, onProvider(id))
 	if err != nil {
@@ -101,10 +115,8 @@ func (h *handlers) changeProvider(ctx context.Context, req write, id string, cmd
 	return p, res.GetIndex(), nil
 }
 
-func setRunning(id string, running bool) *pb.Command {
-	return &pb.Command{Payload: &pb.Command_SetProviderRunning{
-		SetProviderRunning: &pb.SetProviderRunningCommand{ProviderId: id, Running: running},
-	}}
+func setRunning(c *pb.SetProviderRunningCommand) *pb.Command {
+	return &pb.Command{Payload: &pb.Command_SetProviderRunning{SetProviderRunning: c}}
 }
 
 // GetProvider implements pb.ControlPlaneServiceServer.
@@ -119,6 +131,7 @@ func (h *handlers) GetProvider(ctx context.Context, req *pb.GetProviderRequest) 
 	}
 	return &pb.GetProviderResponse{
 		Provider:    p,
+		Replicas:    view.ProviderReplicas(p.GetId()),
 		Assignments: view.AssignmentsByProvider(nil, p.GetId()),
 		Index:       view.Index(),
 	}, nil

@@ -29,8 +29,9 @@ const (
 	defaultMaxBackoff = 30 * time.Second
 )
 
-// checkSpec checks the meaning of a workload's spec; its form has been checked.
-// A module or provider that does not exist is left to the state to refuse.
+// checkSpec checks the meaning of a workload's spec but for its triggers; its form
+// has been checked. A module or provider that does not exist is left to the state
+// to refuse.
 func checkSpec(view fsm.View, spec *pb.WorkloadSpec) error {
 	if err := checkSize(spec); err != nil {
 		return err
@@ -45,9 +46,6 @@ func checkSpec(view fsm.View, spec *pb.WorkloadSpec) error {
 		return err
 	}
 	if err := checkGuestInput(spec); err != nil {
-		return err
-	}
-	if err := checkTriggers(spec.GetTriggers()); err != nil {
 		return err
 	}
 	complete := true
@@ -148,19 +146,4 @@ func checkGuestInput(spec *pb.WorkloadSpec) error {
 		}
 	}
 	return nil
-}
-
-// checkTriggers refuses all triggers: nothing delivers requests or messages yet,
-// and an instance that waits for them in vain is worse than an error.
-func checkTriggers(triggers []*pb.Trigger) error {
-	if len(triggers) == 0 {
-		return nil
-	}
-	kind := "http"
-	if _, ok := triggers[0].GetTrigger().(*pb.Trigger_Subscribe); ok {
-		kind = "subscribe"
-	}
-	return invalid("a trigger of kind %s was asked for, and nothing delivers to triggers yet", kind).
-		With("trigger", kind).
-		Next("leave triggers out and call the instance: wasmatrix invoke NAME")
 }

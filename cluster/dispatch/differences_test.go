@@ -42,7 +42,7 @@ func compared(k agentSet) map[string]*pb.AssignmentChange {
 // something to send.
 func TestDifferencesAddUpToTheFullSet(t *testing.T) {
 	nodes := []string{"n1", "n2", "n3"}
-	providers := []string{"p1", "p2"}
+	providers := []string{"p1", "p2", busID}
 	rapid.Check(t, func(rt *rapid.T) {
 		r := newRegistry(t)
 		for _, id := range nodes {
@@ -109,7 +109,7 @@ func randomChange(rt *rapid.T, t *testing.T, r *registry, ids, nodes, providers 
 	if len(ids) > 0 {
 		id = rapid.SampledFrom(ids).Draw(rt, "instance")
 	}
-	op := rapid.IntRange(0, 13).Draw(rt, "op")
+	op := rapid.IntRange(0, 16).Draw(rt, "op")
 	var cmd *pb.Command
 	switch {
 	case op == 0 || id == "":
@@ -149,6 +149,10 @@ func randomChange(rt *rapid.T, t *testing.T, r *registry, ids, nodes, providers 
 		}}}
 	case op == 8:
 		cmd = &pb.Command{Payload: &pb.Command_RevokeCapability{RevokeCapability: &pb.RevokeCapabilityCommand{InstanceIds: []string{id}, ProviderId: provider}}}
+	case op >= 14 && provider == busID:
+		cmd = randomBusChange(rt, r, id, node)
+	case op == 9 && provider == busID:
+		return ids
 	case op == 9:
 		if _, known := r.state.View().Provider(provider); known {
 			cmd = &pb.Command{Payload: &pb.Command_UpdateProvider{UpdateProvider: &pb.UpdateProviderCommand{Spec: &pb.ProviderSpec{
@@ -189,6 +193,39 @@ func randomChange(rt *rapid.T, t *testing.T, r *registry, ids, nodes, providers 
 		_, _ = r.apply(cmd) // a refusal changes nothing, which is a step too
 	}
 	return ids
+}
+
+// busID is the provider that has replicas and subscriptions.
+const busID = "bus"
+
+// randomBusChange does something to the messaging provider.
+func randomBusChange(rt *rapid.T, r *registry, instanceID, node string) *pb.Command {
+	spec := &pb.ProviderSpec{
+		Id: busID, Type: "messaging", Driver: "nats", Config: map[string]string{"url": "x"},
+		Replicas: rapid.Uint32Range(1, 3).Draw(rt, "replicas"),
+	}
+	replicas := r.state.View().ProviderReplicas(busID)
+	if len(replicas) == 0 {
+		return &pb.Command{Payload: &pb.Command_RegisterProvider{RegisterProvider: &pb.RegisterProviderCommand{Spec: spec}}}
+	}
+	p := rapid.SampledFrom(replicas).Draw(rt, "replica")
+	switch rapid.IntRange(0, 6).Draw(rt, "bus op") {
+	case 0:
+		return &pb.Command{Payload: &pb.Command_UpdateProvider{UpdateProvider: &pb.UpdateProviderCommand{Spec: spec}}}
+	case 1, 2:
+		return &pb.Command{Payload: &pb.Command_Place{Place: &pb.PlaceCommand{Decisions: []*pb.PlaceDecision{{
+			ProviderId: busID, Replica: p.GetReplica(), SeenGeneration: p.GetPlacement().GetGeneration(),
+			NodeId: node, NodeEpoch: r.node(node).GetEpoch(),
+		}}}}}
+	case 3:
+		return &pb.Command{Payload: &pb.Command_AssignCapability{AssignCapability: &pb.AssignCapabilityCommand{
+			InstanceIds: []string{instanceID}, Grant: &pb.CapabilityGrant{Provider: busID, Permissions: []string{"msg:subscribe"}},
+		}}}
+	default:
+		subject := rapid.SampledFrom([]string{"a", "b", "c.*"}).Draw(rt, "subject")
+		return &pb.Command{Payload: &pb.Command_RecordSubscription{RecordSubscription: r.subscription(
+			p.GetPlacement().GetNodeId(), instanceID, busID, subject, rapid.Bool().Draw(rt, "subscribed"))}}
+	}
 }
 
 // What was lost with its node may go on there, cut off, unless it ends with the lease.

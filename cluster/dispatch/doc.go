@@ -35,5 +35,16 @@
 // records of other nodes and providers. While a message is on its way to a slow
 // agent changes gather and go out as one.
 //
+// A node that uses a provider knows all its replicas; a node that hosts a replica
+// knows who may call it, where they run and what they are subscribed to. Nothing
+// stands between a commit and the stream but the wake of the session: there is no
+// timer on that way.
+//
+// # Subscriptions
+//
+// A guest's subscription is committed for the agent that hosts the messaging
+// provider, and comes back to all nodes concerned on their streams. An instance may
+// change its subscriptions only so often, because each change is an entry of the log.
+//
 // The package must never import agent, runtime, provider, or another duty.
 package dispatch

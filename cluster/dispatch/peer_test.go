@@ -102,6 +102,35 @@ func (r *registry) addProvider(t testing.TB, id, nodeID string, config map[strin
 	}}}}})
 }
 
+// addBus registers a messaging provider with one replica on each node.
+func (r *registry) addBus(t testing.TB, id string, nodes ...string) {
+	t.Helper()
+	r.do(t, &pb.Command{Payload: &pb.Command_RegisterProvider{RegisterProvider: &pb.RegisterProviderCommand{
+		Spec: &pb.ProviderSpec{Id: id, Type: "messaging", Driver: "nats", Replicas: uint32(len(nodes))},
+	}}})
+	for i, nodeID := range nodes {
+		r.placeReplica(t, id, uint32(i), nodeID)
+	}
+}
+
+func (r *registry) placeReplica(t testing.TB, id string, replica uint32, nodeID string) {
+	t.Helper()
+	p := r.state.View().ProviderReplicas(id)[replica]
+	r.do(t, &pb.Command{Payload: &pb.Command_Place{Place: &pb.PlaceCommand{Decisions: []*pb.PlaceDecision{{
+		ProviderId: id, Replica: replica, SeenGeneration: p.GetPlacement().GetGeneration(),
+		NodeId: nodeID, NodeEpoch: r.node(nodeID).GetEpoch(),
+	}}}}})
+}
+
+// subscription is what a node asks for an instance in its present generation.
+func (r *registry) subscription(nodeID, instanceID, providerID, subject string, subscribed bool) *pb.RecordSubscriptionRequest {
+	in, _ := r.state.View().Instance(instanceID)
+	return &pb.RecordSubscriptionRequest{
+		NodeId: nodeID, Epoch: r.node(nodeID).GetEpoch(), InstanceId: instanceID, ProviderId: providerID,
+		Generation: in.GetPlacement().GetGeneration(), Subject: subject, Subscribed: subscribed,
+	}
+}
+
 func (r *registry) grant(t testing.TB, instanceID, providerID string) {
 	t.Helper()
 	r.do(t, &pb.Command{Payload: &pb.Command_AssignCapability{AssignCapability: &pb.AssignCapabilityCommand{
@@ -381,7 +410,7 @@ func describe(c *pb.AssignmentChange) (name string, put bool) {
 	case *pb.AssignmentChange_RemoveInstance:
 		return "instance " + c.RemoveInstance, false
 	case *pb.AssignmentChange_PutProvider:
-		return "provider " + c.PutProvider.GetId(), true
+		return "provider " + fsm.ReplicaName(c.PutProvider.GetId(), c.PutProvider.GetReplica()), true
 	case *pb.AssignmentChange_RemoveProvider:
 		return "provider " + c.RemoveProvider, false
 	case *pb.AssignmentChange_PutAssignment:

@@ -9,13 +9,19 @@ import (
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
 )
 
-// directories wake sessions by single nodes, by single providers, and by what a
-// node hosts. go-memdb could tell the last, but for a node that hosts nothing it
+// directories wake sessions by single nodes, by providers with all their replicas,
+// and by what a node hosts. go-memdb could tell the last, but for a node that hosts nothing it
 // would fire with every change of any provider.
 type directories struct {
 	nodes     *directory[*pb.Node]
-	providers *directory[*pb.Provider]
+	providers *directory[service]
 	hosts     *directory[host]
+}
+
+// service is a provider with all its replicas.
+type service struct {
+	id       string
+	replicas []*pb.Provider
 }
 
 // host is a node with the providers that belong to it.
@@ -29,16 +35,25 @@ func newDirectories() *directories {
 		nodes: newDirectory((*pb.Node).GetId, func(a, b *pb.Node) bool {
 			return sameAddress(a, b) && a.GetEpoch() == b.GetEpoch() && a.GetState() == b.GetState()
 		}),
-		providers: newDirectory((*pb.Provider).GetId, sameUsed),
+		providers: newDirectory(func(s service) string { return s.id }, func(a, b service) bool {
+			return sameUsedAll(a.replicas, b.replicas)
+		}),
 		hosts: newDirectory(func(h host) string { return h.node }, func(a, b host) bool {
 			return sameHostedAll(a.providers, b.providers)
 		}),
 	}
 }
 
+// syncProviders takes up all replicas, those of one provider after each other.
 func (d *directories) syncProviders(providers []*pb.Provider) {
 	byNode := map[string][]*pb.Provider{}
-	for _, p := range providers {
+	var services []service
+	for i, p := range providers {
+		if i == 0 || providers[i-1].GetId() != p.GetId() {
+			services = append(services, service{id: p.GetId()})
+		}
+		last := &services[len(services)-1]
+		last.replicas = append(last.replicas, p)
 		if nodeID := p.GetPlacement().GetNodeId(); nodeID != "" {
 			byNode[nodeID] = append(byNode[nodeID], p)
 		}
@@ -47,7 +62,7 @@ func (d *directories) syncProviders(providers []*pb.Provider) {
 	for nodeID, hosted := range byNode {
 		hosts = append(hosts, host{nodeID, hosted})
 	}
-	d.providers.sync(providers)
+	d.providers.sync(services)
 	d.hosts.sync(hosts)
 }
 
@@ -62,7 +77,7 @@ type reader struct {
 	round     uint64
 	lists     map[listKey]watched
 	nodes     map[string]*point[*pb.Node]
-	providers map[string]*point[*pb.Provider]
+	providers map[string]*point[[]*pb.Provider]
 	hosts     map[string]*point[[]*pb.Provider]
 }
 
@@ -126,7 +141,7 @@ type point[R any] struct {
 func newReader(dirs *directories) *reader {
 	return &reader{
 		dirs: dirs, lists: map[listKey]watched{},
-		nodes: map[string]*point[*pb.Node]{}, providers: map[string]*point[*pb.Provider]{},
+		nodes: map[string]*point[*pb.Node]{}, providers: map[string]*point[[]*pb.Provider]{},
 		hosts: map[string]*point[[]*pb.Provider]{},
 	}
 }
@@ -140,13 +155,21 @@ func (r *reader) refresh(view fsm.View) bool {
 		changed = l.refresh(view) || changed
 	}
 	changed = refreshPoints(r.nodes, view.Node, sameAddress) || changed
-	changed = refreshPoints(r.providers, view.Provider, sameUsed) || changed
+	changed = refreshPoints(r.providers, replicasIn(view), sameUsedAll) || changed
 	return refreshPoints(r.hosts, hostedIn(view), sameHostedAll) || changed
 }
 
 // hostedIn returns a read of the providers that belong to a node.
 func hostedIn(view fsm.View) func(nodeID string) ([]*pb.Provider, bool) {
 	return func(nodeID string) ([]*pb.Provider, bool) { return view.ProvidersByNode(nil, nodeID), true }
+}
+
+// replicasIn returns a read of the replicas of a provider.
+func replicasIn(view fsm.View) func(providerID string) ([]*pb.Provider, bool) {
+	return func(providerID string) ([]*pb.Provider, bool) {
+		replicas := view.ProviderReplicas(providerID)
+		return replicas, len(replicas) > 0
+	}
 }
 
 func refreshPoints[R any](points map[string]*point[R], read func(string) (R, bool), same func(a, b R) bool) bool {
@@ -190,7 +213,7 @@ func (r *reader) watch(ws memdb.WatchSet) {
 		r.dirs.nodes.watch(ws, id, p.record, p.known)
 	}
 	for id, p := range r.providers {
-		r.dirs.providers.watch(ws, id, p.record, p.known)
+		r.dirs.providers.watch(ws, id, service{id, p.record}, p.known)
 	}
 	for id, p := range r.hosts {
 		r.dirs.hosts.watch(ws, id, host{id, p.record}, len(p.record) > 0)
@@ -239,12 +262,15 @@ func sameHostedAll(a, b []*pb.Provider) bool {
 	return slices.EqualFunc(a, b, func(a, b *pb.Provider) bool { return a.GetId() == b.GetId() && sameHosted(a, b) })
 }
 
+func sameUsedAll(a, b []*pb.Provider) bool { return slices.EqualFunc(a, b, sameUsed) }
+
 func (r *reader) node(id string) (*pb.Node, bool) {
 	return rememberedPoint(r.nodes, id, r.round, r.view.Node)
 }
 
-func (r *reader) provider(id string) (*pb.Provider, bool) {
-	return rememberedPoint(r.providers, id, r.round, r.view.Provider)
+func (r *reader) replicas(providerID string) []*pb.Provider {
+	replicas, _ := rememberedPoint(r.providers, providerID, r.round, replicasIn(r.view))
+	return replicas
 }
 
 // remembered returns a list, reading it only when the session has not before;

@@ -120,7 +120,7 @@ func (d *Dispatcher) ReportStatus(ctx context.Context, req *pb.ReportStatusReque
 	if err := checkEpoch(view, holder{req.GetNodeId(), req.GetEpoch()}); err != nil {
 		return nil, err
 	}
-	if len(req.GetInstances()) == 0 && len(req.GetProviders()) == 0 {
+	if len(req.GetInstances()) == 0 && len(req.GetProviders()) == 0 && len(req.GetDenials()) == 0 {
 		return &pb.ReportStatusResponse{Index: view.Index()}, nil
 	}
 	for _, report := range req.GetInstances() {
@@ -138,6 +138,43 @@ func (d *Dispatcher) ReportStatus(ctx context.Context, req *pb.ReportStatusReque
 	}
 	t.metrics.reports.Add(float64(len(req.GetInstances()) + len(req.GetProviders())))
 	return &pb.ReportStatusResponse{Index: result.GetIndex()}, nil
+}
+
+// RecordSubscription implements AgentSessionService. An agent that got no answer
+// may ask again: the second time changes nothing, and says that the subscription
+// existed.
+func (d *Dispatcher) RecordSubscription(ctx context.Context, req *pb.RecordSubscriptionRequest) (*pb.RecordSubscriptionResponse, error) {
+	t, err := d.term()
+	if err != nil {
+		return nil, err
+	}
+	if err := authorize(ctx, req.GetNodeId()); err != nil {
+		return nil, err
+	}
+	view, err := t.view(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if err := checkEpoch(view, holder{req.GetNodeId(), req.GetEpoch()}); err != nil {
+		return nil, err
+	}
+	if _, ok := view.Instance(req.GetInstanceId()); !ok {
+		return nil, apierror.New(pb.ErrorCode_ERROR_CODE_INSTANCE_NOT_FOUND, "no instance has the id %q", req.GetInstanceId()).
+			With("instance", req.GetInstanceId()).
+			Next("wasmatrix instance list")
+	}
+	if err := t.quotas.take(req.GetInstanceId(), t.clock.Now()); err != nil {
+		return nil, err
+	}
+	result, err := t.peer.Propose(ctx, &pb.Command{
+		Actor:   actor,
+		Payload: &pb.Command_RecordSubscription{RecordSubscription: req},
+	})
+	if err != nil {
+		return nil, err
+	}
+	changed := len(result.GetIds()) > 0
+	return &pb.RecordSubscriptionResponse{Existed: changed != req.GetSubscribed(), Index: result.GetIndex()}, nil
 }
 
 // WatchAssignments implements AgentSessionService.

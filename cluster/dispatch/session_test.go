@@ -57,6 +57,10 @@ func TestFollowerNamesTheLeader(t *testing.T) {
 			_, err := d.ReportStatus(ctx, &pb.ReportStatusRequest{NodeId: "n1", Epoch: 1})
 			return err
 		},
+		"RecordSubscription": func() error {
+			_, err := d.RecordSubscription(ctx, &pb.RecordSubscriptionRequest{NodeId: "n1", Epoch: 1})
+			return err
+		},
 		"WatchAssignments": func() error {
 			return d.WatchAssignments(&pb.WatchAssignmentsRequest{NodeId: "n1", Epoch: 1}, streamOf(ctx))
 		},
@@ -93,6 +97,8 @@ func TestOnlyTheNodesOwnAgentMaySpeakForIt(t *testing.T) {
 			wantCode(t, name+" renews", err, denied)
 			_, err = l.ReportStatus(ctx, &pb.ReportStatusRequest{NodeId: "n1", Epoch: 1})
 			wantCode(t, name+" reports", err, denied)
+			_, err = l.RecordSubscription(ctx, &pb.RecordSubscriptionRequest{NodeId: "n1", Epoch: 1})
+			wantCode(t, name+" subscribes", err, denied)
 			err = l.WatchAssignments(&pb.WatchAssignmentsRequest{NodeId: "n1", Epoch: 1}, streamOf(ctx))
 			wantCode(t, name+" watches", err, denied)
 		}

@@ -21,7 +21,8 @@ const (
 	kindInstance
 )
 
-// key identifies one thing a node knows; second is set for assignments only.
+// key identifies one thing a node knows; second is set for assignments only. The
+// first of a provider names the replica as fsm.ReplicaName does.
 type key struct {
 	kind          kind
 	first, second string
@@ -52,7 +53,7 @@ func collect(r *reader, self holder) set {
 		}
 	}
 	for _, p := range r.providersOn(self.node) {
-		out[key{kindProvider, p.GetId(), ""}] = hostedProvider{p}
+		out[replicaKey(p)] = hostedProvider{p}
 		for _, a := range r.assignmentsTo(p.GetId()) {
 			out.addCaller(r, self, a)
 		}
@@ -60,18 +61,24 @@ func collect(r *reader, self holder) set {
 	return out
 }
 
-// addInstance adds an instance of the node with all that it may use.
+// addInstance adds an instance of the node with all that it may use: every replica
+// of a provider, so that its agent can turn to another one.
 func (s set) addInstance(r *reader, self holder, in *pb.Instance) {
 	s[key{kindInstance, in.GetId(), ""}] = localInstance{in}
 	for _, a := range r.assignmentsOf(in.GetId()) {
 		s.addAssignment(a)
-		p, ok := r.provider(a.GetProviderId())
-		if !ok || p.GetPlacement().GetNodeId() == self.node {
-			continue
+		for _, p := range r.replicas(a.GetProviderId()) {
+			if p.GetPlacement().GetNodeId() == self.node {
+				continue
+			}
+			s[replicaKey(p)] = usedProvider{p}
+			s.addNode(r, self, p.GetPlacement().GetNodeId())
 		}
-		s[key{kindProvider, p.GetId(), ""}] = usedProvider{p}
-		s.addNode(r, self, p.GetPlacement().GetNodeId())
 	}
+}
+
+func replicaKey(p *pb.Provider) key {
+	return key{kindProvider, fsm.ReplicaName(p.GetId(), p.GetReplica()), ""}
 }
 
 // addCaller adds an instance of another node that may call a provider here.
@@ -175,8 +182,8 @@ func (i localInstance) put() *pb.AssignmentChange {
 	return &pb.AssignmentChange{Change: &pb.AssignmentChange_PutInstance{PutInstance: i.Instance}}
 }
 
-// hostedProvider is a provider of the node, with its configuration. Its state is
-// the agent's own and not compared.
+// hostedProvider is a replica of a provider on the node, with its configuration.
+// Its state is the agent's own and not compared.
 type hostedProvider struct{ *pb.Provider }
 
 func (p hostedProvider) same(other item) bool {
@@ -185,7 +192,8 @@ func (p hostedProvider) same(other item) bool {
 }
 
 func sameHosted(a, b *pb.Provider) bool {
-	return a == b || a.GetDesiredRunning() == b.GetDesiredRunning() && a.GetSpecVersion() == b.GetSpecVersion() &&
+	return a == b || a.GetReplica() == b.GetReplica() && a.GetDesiredRunning() == b.GetDesiredRunning() &&
+		a.GetSpecVersion() == b.GetSpecVersion() && sameMessage(a.GetStopGrace(), b.GetStopGrace()) &&
 		samePlacement(a.GetPlacement(), b.GetPlacement()) && sameMessage(a.GetSpec(), b.GetSpec())
 }
 
@@ -193,9 +201,9 @@ func (p hostedProvider) put() *pb.AssignmentChange {
 	return &pb.AssignmentChange{Change: &pb.AssignmentChange_PutProvider{PutProvider: p.Provider}}
 }
 
-// usedProvider is a provider on another node. Its configuration, which may hold
-// credentials, stays with the node that hosts it; its state is sent, so that a
-// call to one that does not serve is refused at once.
+// usedProvider is a replica of a provider on another node. Its configuration,
+// which may hold credentials, stays with the node that hosts it; its state is sent,
+// so that a call to one that does not serve is refused at once.
 type usedProvider struct{ *pb.Provider }
 
 func (p usedProvider) same(other item) bool {
@@ -204,7 +212,8 @@ func (p usedProvider) same(other item) bool {
 }
 
 func sameUsed(a, b *pb.Provider) bool {
-	return a == b || a.GetDesiredRunning() == b.GetDesiredRunning() && a.GetStatus().GetState() == b.GetStatus().GetState() &&
+	return a == b || a.GetReplica() == b.GetReplica() &&
+		a.GetDesiredRunning() == b.GetDesiredRunning() && a.GetStatus().GetState() == b.GetStatus().GetState() &&
 		a.GetSpec().GetType() == b.GetSpec().GetType() && a.GetSpec().GetDriver() == b.GetSpec().GetDriver() &&
 		samePlacement(a.GetPlacement(), b.GetPlacement())
 }
@@ -212,6 +221,7 @@ func sameUsed(a, b *pb.Provider) bool {
 func (p usedProvider) put() *pb.AssignmentChange {
 	return &pb.AssignmentChange{Change: &pb.AssignmentChange_PutProvider{PutProvider: &pb.Provider{
 		Id:             p.GetId(),
+		Replica:        p.GetReplica(),
 		Spec:           &pb.ProviderSpec{Id: p.GetId(), Type: p.GetSpec().GetType(), Driver: p.GetSpec().GetDriver()},
 		DesiredRunning: p.GetDesiredRunning(),
 		Placement:      p.GetPlacement(),
@@ -219,7 +229,8 @@ func (p usedProvider) put() *pb.AssignmentChange {
 	}}}
 }
 
-// assignment lets an instance use a provider.
+// assignment lets an instance use a provider, and says what it is subscribed to
+// there.
 type assignment struct{ *pb.CapabilityAssignment }
 
 func (a assignment) same(other item) bool {
@@ -229,7 +240,8 @@ func (a assignment) same(other item) bool {
 
 func sameAssignment(a, b *pb.CapabilityAssignment) bool {
 	return a == b || a.GetInstanceId() == b.GetInstanceId() && a.GetProviderId() == b.GetProviderId() &&
-		a.GetBucket() == b.GetBucket() && slices.Equal(a.GetPermissions(), b.GetPermissions())
+		a.GetBucket() == b.GetBucket() && slices.Equal(a.GetPermissions(), b.GetPermissions()) &&
+		slices.Equal(a.GetSubscriptions(), b.GetSubscriptions())
 }
 
 func (a assignment) put() *pb.AssignmentChange {

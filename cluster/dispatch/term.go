@@ -67,6 +67,7 @@ type term struct {
 	leases   *leases
 	proofs   *proofs
 	dirs     *directories
+	quotas   *quotas
 	// ttl is the present TTL in nanoseconds.
 	ttl atomic.Int64
 	// ended is closed when this peer does not lead any more.
@@ -76,7 +77,7 @@ type term struct {
 func newTerm(peer Peer, clock Clock, settings leaseSettings, log *slog.Logger, m *metrics) *term {
 	t := &term{
 		peer: peer, clock: clock, settings: settings, log: log, metrics: m,
-		leases: newLeases(), proofs: newProofs(), dirs: newDirectories(), ended: make(chan struct{}),
+		leases: newLeases(), proofs: newProofs(), dirs: newDirectories(), quotas: newQuotas(), ended: make(chan struct{}),
 	}
 	t.ttl.Store(int64(settings.ttl))
 	return t

@@ -1,4 +1,5 @@
-// Package schedule decides which node runs an instance or hosts a provider.
+// Package schedule decides which node runs an instance or hosts a replica of a
+// provider. No node ever hosts two replicas of one provider.
 //
 // Place, PlaceProvider and Explain are pure: the same view gives the same
 // answer. Scheduler is the leader's duty around them: it wakes when something is

@@ -23,7 +23,10 @@ type needs struct {
 	// pin is the only node allowed; empty means any.
 	pin string
 	// home is the node that holds the data of a provider; empty means none does.
-	home    string
+	home string
+	// apart is the provider whose other replicas must be on other nodes; empty for
+	// an instance.
+	apart   string
 	labels  map[string]string
 	runtime string
 	memory  uint64
@@ -54,26 +57,13 @@ func providerNeeds(provider *pb.Provider) needs {
 	n := needs{
 		pin:    provider.GetSpec().GetPlacement().GetNode(),
 		labels: provider.GetSpec().GetPlacement().GetLabels(),
+		apart:  provider.GetId(),
 	}
-	if n.pin == "" && keepsDataOnNode(provider.GetSpec()) {
+	if n.pin == "" && fsm.KeepsState(provider.GetSpec()) {
 		n.home = provider.GetPlacement().GetNodeId()
 	}
 	n.class = n.classKey()
 	return n
-}
-
-// keepsDataOnNode reports whether a provider's data lives on the disk or in the
-// memory of the node that hosts it, so that another node would serve other data.
-func keepsDataOnNode(spec *pb.ProviderSpec) bool {
-	if spec.GetType() != "kv" {
-		return false
-	}
-	switch spec.GetDriver() {
-	case "", "bbolt", "memory":
-		return true
-	default:
-		return false
-	}
 }
 
 func memoryOf(instance *pb.Instance) (uint64, error) {
@@ -99,7 +89,7 @@ func (n *needs) classKey() string {
 
 // alike reports whether all nodes rank the same for n and o.
 func (n *needs) alike(o *needs) bool {
-	return n.slot == o.slot && n.name == o.name && n.memory == o.memory && n.class == o.class
+	return n.slot == o.slot && n.name == o.name && n.apart == o.apart && n.memory == o.memory && n.class == o.class
 }
 
 // refusal is one reason why a node cannot take something: detail speaks of this

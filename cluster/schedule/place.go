@@ -30,9 +30,9 @@ func Place(state State, instance *pb.Instance) (Decision, []*pb.NodeVerdict) {
 	return t.decide(&n)
 }
 
-// PlaceProvider chooses the node for a provider, like Place. A provider goes to
-// the node that its rules name, one whose data lies on a node stays there, any
-// other goes to the least loaded node.
+// PlaceProvider chooses the node for a replica of a provider, like Place. It goes
+// to the node that its rules name, one whose data lies on a node stays there, any
+// other goes to the least loaded node. No node takes two replicas of one provider.
 func PlaceProvider(state State, provider *pb.Provider) (Decision, []*pb.NodeVerdict) {
 	t := newTable(state)
 	t.releaseProvider(provider)
@@ -78,7 +78,7 @@ func (l *nodeLoad) decision() Decision {
 	return Decision{NodeID: l.node.GetId(), Epoch: l.node.GetEpoch()}
 }
 
-// outcome is what a batch decides on one instance or provider.
+// outcome is what a batch decides on one instance or one replica of a provider.
 type outcome struct {
 	Decision
 	// message says why there is no node.
@@ -113,7 +113,7 @@ func (b *batch) provider(provider *pb.Provider) outcome {
 }
 
 func (b *batch) place(n *needs) outcome {
-	key := fmt.Sprintf("%t %d %s", n.slot, n.memory, n.class)
+	key := fmt.Sprintf("%t %d %q %s", n.slot, n.memory, n.apart, n.class)
 	if message, known := b.full[key]; known {
 		return outcome{message: message}
 	}

@@ -13,11 +13,11 @@ type Unplaced interface {
 	// UnplacedInstances returns the instances that wait for a node, and those that
 	// are to leave one that drains.
 	UnplacedInstances(ws memdb.WatchSet) []*pb.Instance
-	// UnplacedProviders returns the providers that wait for a node.
+	// UnplacedProviders returns the replicas of providers that wait for a node.
 	UnplacedProviders(ws memdb.WatchSet) []*pb.Provider
 }
 
-// subject is one instance or one provider.
+// subject is one instance or one replica of a provider, which fsm.ReplicaName names.
 type subject struct {
 	provider bool
 	id       string
@@ -29,6 +29,10 @@ type attempt struct {
 	generation uint64
 	placed     bool
 	outcome    outcome
+	// subject and node are the modified indexes of the records that it was made
+	// from. A decision that was void because one of them was another for a moment
+	// may be right now, though it is the same.
+	subject, node uint64
 }
 
 // planner is what Run remembers from one batch to the next.
@@ -36,8 +40,9 @@ type planner struct {
 	table *table
 	// pending fires when the set of what is to be placed changes.
 	pending memdb.WatchSet
-	// proposed holds the last decision on what is still to be placed. The same
-	// one is not proposed twice: the registry found it void, and would again.
+	// proposed holds the last decision on what is still to be placed. The same one,
+	// made from the same records, is not proposed twice: the registry found it void,
+	// and would again.
 	proposed map[subject]attempt
 	// blocked counts what no node can take.
 	blocked int
@@ -93,7 +98,7 @@ func (p *planner) decide(view Unplaced) []*pb.PlaceDecision {
 func (p *planner) forget(decisions []*pb.PlaceDecision) {
 	for _, d := range decisions {
 		delete(p.proposed, subject{id: d.GetInstanceId()})
-		delete(p.proposed, subject{provider: true, id: d.GetProviderId()})
+		delete(p.proposed, subject{provider: true, id: fsm.ReplicaName(d.GetProviderId(), d.GetReplica())})
 	}
 }
 
@@ -112,7 +117,10 @@ func (p *pass) instance(b *batch, instance *pb.Instance) {
 	}
 	key := subject{id: instance.GetId()}
 	o := b.instance(instance)
-	a := attempt{instance.GetPlacement().GetGeneration(), fsm.Placed(instance), o}
+	a := attempt{
+		generation: instance.GetPlacement().GetGeneration(), placed: fsm.Placed(instance), outcome: o,
+		subject: instance.GetModifiedIndex(), node: b.table.modified(o.NodeID),
+	}
 	if o.NodeID == "" && a.placed {
 		// It is to leave a draining node and goes on there: a drain ends nothing that
 		// has no successor.
@@ -131,12 +139,15 @@ func (p *pass) provider(b *batch, provider *pb.Provider) {
 	if p.full() {
 		return
 	}
-	key := subject{provider: true, id: provider.GetId()}
+	key := subject{provider: true, id: fsm.ReplicaName(provider.GetId(), provider.GetReplica())}
 	o := b.provider(provider)
-	a := attempt{generation: provider.GetPlacement().GetGeneration(), outcome: o}
+	a := attempt{
+		generation: provider.GetPlacement().GetGeneration(), outcome: o,
+		subject: provider.GetModifiedIndex(), node: b.table.modified(o.NodeID),
+	}
 	if p.record(key, a, provider.GetStatus().GetMessage()) {
 		p.decisions = append(p.decisions, &pb.PlaceDecision{
-			ProviderId: key.id, SeenGeneration: a.generation,
+			ProviderId: provider.GetId(), Replica: provider.GetReplica(), SeenGeneration: a.generation,
 			NodeId: o.NodeID, NodeEpoch: o.Epoch, Message: o.message,
 		})
 	}

@@ -88,6 +88,31 @@ func TestVoidDecisionIsNotRepeatedUntilTheNodeChanges(t *testing.T) {
 	}
 }
 
+// What made a decision void may be over before the planner looks again: an
+// instance that was stopped and started in between, a node that was drained and
+// undrained. Nothing else would ever wake it.
+func TestVoidDecisionIsMadeAgainWhenItsRecordsChanged(t *testing.T) {
+	for name, change := range map[string]func(w *world){
+		"the instance": func(w *world) {
+			w.instances[0] = pending("a", 0, func(i *pb.Instance) { i.ModifiedIndex = 9 })
+		},
+		"the node": func(w *world) { w.nodes[0] = node("n1", func(n *pb.Node) { n.ModifiedIndex = 9 }) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(node("n1"))
+			w.instances = []*pb.Instance{pending("a", 0)}
+			p := newPlanner()
+			first, _ := p.plan(w)
+			change(w)
+			w.apply(nil)
+			again, _ := p.plan(w)
+			if len(first) != 1 || len(again) != 1 || again[0].NodeId != "n1" {
+				t.Errorf("decided %v, and after the change %v", first, again)
+			}
+		})
+	}
+}
+
 func TestDrainMovesWhatCanRunElsewhere(t *testing.T) {
 	draining := func(n *pb.Node) { n.Draining = true }
 	w := newWorld(node("n1", draining), node("n2", capacity(2, 1<<30)))

@@ -135,7 +135,7 @@ func (s *Scheduler) account(ctx context.Context, decisions []*pb.PlaceDecision, 
 	for _, d := range decisions {
 		kind, id := "instance", d.GetInstanceId()
 		if id == "" {
-			kind, id = "provider", d.GetProviderId()
+			kind, id = "provider", fsm.ReplicaName(d.GetProviderId(), d.GetReplica())
 		}
 		if len(done) == 0 || done[0] != id {
 			s.log.DebugContext(ctx, "a decision was void", kind, id, "node", d.GetNodeId(), "seen_generation", d.GetSeenGeneration())

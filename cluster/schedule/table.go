@@ -28,6 +28,8 @@ type nodeLoad struct {
 	memory    uint64
 	providers uint64
 	replicas  map[string]int
+	// hosts counts the replicas of each provider, stopped ones too: they stay.
+	hosts map[string]int
 	// watch fires when what is placed on the node changes.
 	watch memdb.WatchSet
 	// charged is true once a decision was added that the registry may not hold.
@@ -76,18 +78,27 @@ func (t *table) refresh(state State, ws memdb.WatchSet) bool {
 }
 
 func loadOf(state State, record *pb.Node) *nodeLoad {
-	l := &nodeLoad{node: record, replicas: map[string]int{}, watch: memdb.NewWatchSet()}
+	l := &nodeLoad{node: record, replicas: map[string]int{}, hosts: map[string]int{}, watch: memdb.NewWatchSet()}
 	for _, instance := range state.InstancesByNode(l.watch, record.GetId()) {
 		if fsm.Occupies(instance) {
 			l.add(instance)
 		}
 	}
 	for _, provider := range state.ProvidersByNode(l.watch, record.GetId()) {
+		l.hosts[provider.GetId()]++
 		if provider.GetDesiredRunning() {
 			l.providers++
 		}
 	}
 	return l
+}
+
+// modified returns the modified index of a node's record; 0 for none.
+func (t *table) modified(node string) uint64 {
+	if l := t.byID[node]; l != nil {
+		return l.node.GetModifiedIndex()
+	}
+	return 0
 }
 
 // watchRoom makes ws fire when what is placed on any node changes.
@@ -113,13 +124,16 @@ func (t *table) release(instance *pb.Instance) {
 	l.charged = true
 }
 
-// releaseProvider is release for a provider.
+// releaseProvider is release for a replica of a provider.
 func (t *table) releaseProvider(provider *pb.Provider) {
 	l := t.byID[provider.GetPlacement().GetNodeId()]
-	if l == nil || !provider.GetDesiredRunning() || l.providers == 0 {
+	if l == nil || l.hosts[provider.GetId()] == 0 {
 		return
 	}
-	l.providers--
+	l.hosts[provider.GetId()]--
+	if provider.GetDesiredRunning() {
+		l.providers--
+	}
 	l.charged = true
 }
 
@@ -128,6 +142,7 @@ func (l *nodeLoad) charge(n *needs) {
 	l.charged = true
 	if !n.slot {
 		l.providers++
+		l.hosts[n.apart]++
 		return
 	}
 	l.instances++
@@ -143,7 +158,15 @@ func (l *nodeLoad) add(instance *pb.Instance) {
 }
 
 func (l *nodeLoad) roomier(than *nodeLoad) bool {
-	return l.instances < than.instances || l.memory < than.memory || l.providers < than.providers
+	if l.instances < than.instances || l.memory < than.memory || l.providers < than.providers {
+		return true
+	}
+	for id := range than.hosts {
+		if l.hosts[id] < than.hosts[id] {
+			return true
+		}
+	}
+	return false
 }
 
 // candidatesFor returns the nodes that n may run on, room aside.
@@ -161,10 +184,10 @@ func (t *table) candidatesFor(n *needs) []*nodeLoad {
 }
 
 func (l *nodeLoad) fits(n *needs) bool {
-	capacity := l.node.GetInfo().GetCapacity()
 	if !n.slot {
-		return true
+		return l.hosts[n.apart] == 0
 	}
+	capacity := l.node.GetInfo().GetCapacity()
 	return l.instances < uint64(capacity.GetInstances()) &&
 		n.memory <= capacity.GetMemoryBytes() && l.memory <= capacity.GetMemoryBytes()-n.memory
 }
@@ -192,6 +215,12 @@ func share(taken, capacity uint64) float64 {
 func (l *nodeLoad) refusals(n *needs) []refusal {
 	out := n.mismatches(l.node)
 	if !n.slot {
+		if l.hosts[n.apart] > 0 {
+			out = append(out, refusal{
+				"with another replica of it",
+				fmt.Sprintf("another replica of provider %s is here, each needs a node of its own", n.apart),
+			})
+		}
 		return out
 	}
 	capacity := l.node.GetInfo().GetCapacity()
