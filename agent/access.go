@@ -24,15 +24,17 @@ func callers(s identity.Subject) bool { return operators(s) || s.IsWorker() }
 // refused to everyone, so that a new one is closed until someone decides.
 func rules() map[string]rule {
 	return map[string]rule{
-		"QueryInstance":    operators,
-		"ListInstances":    operators,
-		"InvokeInstance":   operators,
-		"InvokeCapability": callers,
-		"ReadClock":        callers,
-		"FollowLogs":       operators,
-		"StartInstance":    operators,
-		"StopInstance":     operators,
-		"UploadModule":     operators,
+		"QueryInstance":     operators,
+		"ListInstances":     operators,
+		"InvokeInstance":    operators,
+		"InvokeCapability":  callers,
+		"ReadClock":         callers,
+		"DeliverMessage":    identity.Subject.IsWorker,
+		"SubscribeMessages": operators,
+		"FollowLogs":        operators,
+		"StartInstance":     operators,
+		"StopInstance":      operators,
+		"UploadModule":      operators,
 	}
 }
 

@@ -84,6 +84,7 @@ type Agent struct {
 	session    *session    // nil in standalone mode
 	standalone *standalone // nil in a cluster
 	service    *service
+	turns      turns
 
 	assigned assigned
 }
@@ -110,6 +111,7 @@ func New(cfg Config) (*Agent, error) {
 	a.lease = newLease(cfg.Clock, cfg.Standalone, func() { a.worker.poke() })
 	a.logs = newLogBook(a.nodeID(), time.Now)
 	a.reports = newReporter(func(err error) { m.reports.WithLabelValues(outcome(err)).Inc() })
+	a.reports.denials = newDenials(a.log, a.reports.poke)
 	a.modules = &moduleStore{
 		dir: filepath.Join(cfg.DataDir, "modules"), log: a.log, peers: peers.list, conn: cfg.Conn,
 		fetched: func(err error) { m.fetches.WithLabelValues(outcome(err)).Inc() }, command: map[string]bool{},
@@ -176,6 +178,7 @@ func (a *Agent) wireProviders() error {
 	router, err := provider.NewRouter(provider.RouterConfig{
 		Directory: a.directory, Host: a.providers, Kinds: kinds,
 		Remote: remote.NewClient(a.cfg.Conn, a.cfg.Clock), Registerer: a.cfg.Registerer, Clock: a.cfg.Clock,
+		Denied: a.reports.denials.add,
 	})
 	if err != nil {
 		return fmt.Errorf("making the capability router: %w", err)
@@ -183,8 +186,11 @@ func (a *Agent) wireProviders() error {
 	a.hosting = &hosting{
 		node: a.nodeID(), dir: filepath.Join(a.cfg.DataDir, "providers"), host: a.providers,
 		report: a.observedProvider, log: a.log, providers: map[string]*hostedProvider{}, wake: make(chan struct{}, 1),
+		messages: &courier{
+			node: a.nodeID(), directory: a.directory, record: a.recordSubscription, local: a.deliver, conn: a.cfg.Conn,
+		},
 	}
-	a.service = &service{agent: a, capabilities: remote.NewServer(router), ports: func(inst *pb.Instance) port {
+	a.service = &service{agent: a, capabilities: remote.NewServer(router), toAPI: remote.ToAPI, ports: func(inst *pb.Instance) port {
 		p := inst.GetPlacement()
 		made := router.Port(inst.GetId(), p.GetGeneration(), p.GetNodeEpoch())
 		if tiedToLease(inst) {

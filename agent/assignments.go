@@ -8,6 +8,7 @@ import (
 	"slices"
 
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
+	"github.com/wasmatrix/wasmatrix/provider"
 )
 
 // errGap: a difference does not apply to what the agent has.
@@ -22,7 +23,7 @@ type assignments struct {
 	sequence  uint64
 	index     uint64
 	instances map[string]*pb.Instance
-	providers map[string]*pb.Provider
+	providers map[string]*pb.Provider // by provider.ReplicaKey
 	grants    map[assignmentKey]*pb.CapabilityAssignment
 	remotes   map[string]*pb.RemoteInstance
 	nodes     map[string]*pb.NodeAddress
@@ -69,7 +70,7 @@ func (s *assignments) change(c *pb.AssignmentChange) {
 	case *pb.AssignmentChange_RemoveInstance:
 		delete(s.instances, c.RemoveInstance)
 	case *pb.AssignmentChange_PutProvider:
-		s.providers[c.PutProvider.GetId()] = c.PutProvider
+		s.providers[provider.ReplicaKey(c.PutProvider.GetId(), c.PutProvider.GetReplica())] = c.PutProvider
 	case *pb.AssignmentChange_RemoveProvider:
 		delete(s.providers, c.RemoveProvider)
 	case *pb.AssignmentChange_PutAssignment:

@@ -29,7 +29,7 @@ func remoteRecord(inst *pb.RemoteInstance) provider.InstanceRecord {
 
 func providerRecord(p *pb.Provider) provider.ProviderRecord {
 	return provider.ProviderRecord{
-		ID: p.GetId(), Type: p.GetSpec().GetType(),
+		ID: p.GetId(), Replica: p.GetReplica(), Type: p.GetSpec().GetType(),
 		Node: p.GetPlacement().GetNodeId(), Generation: p.GetPlacement().GetGeneration(),
 		Running: p.GetDesiredRunning() && p.GetStatus().GetState() == pb.ProviderState_PROVIDER_STATE_RUNNING,
 		State:   providerStateLabel(p.GetStatus().GetState()),
@@ -39,7 +39,9 @@ func providerRecord(p *pb.Provider) provider.ProviderRecord {
 // grantRecord translates an assignment. A permission that this version cannot
 // read grants nothing; the others stand, and the error names those left out.
 func grantRecord(a *pb.CapabilityAssignment) (provider.Assignment, error) {
-	out := provider.Assignment{Instance: a.GetInstanceId(), Provider: a.GetProviderId(), Bucket: a.GetBucket()}
+	out := provider.Assignment{
+		Instance: a.GetInstanceId(), Provider: a.GetProviderId(), Bucket: a.GetBucket(), Subscriptions: a.GetSubscriptions(),
+	}
 	set, err := permission.ParseSet(a.GetPermissions())
 	if err == nil {
 		out.Permissions = set

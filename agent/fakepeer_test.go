@@ -281,6 +281,28 @@ func (p *fakePeer) reportedProvider(id string) *pb.ProviderStatus {
 	return &pb.ProviderStatus{}
 }
 
+func (p *fakePeer) allReported(id string) []*pb.ProviderStatus {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return slices.Clone(p.providers[id])
+}
+
+// reportedDenials sums up all denials that were reported, by need.
+func (p *fakePeer) reportedDenials() (counts map[string]uint64, reports int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	counts = map[string]uint64{}
+	for _, b := range p.batches {
+		for _, d := range b.GetDenials() {
+			counts[d.GetNeed()] += d.GetCount()
+		}
+		if len(b.GetDenials()) > 0 {
+			reports++
+		}
+	}
+	return counts, reports
+}
+
 // add stores a module and returns its digest.
 func (p *fakePeer) add(data []byte) string {
 	sum := sha256.Sum256(data)

@@ -5,13 +5,13 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"math"
 	"math/rand/v2"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"time"
-
-	"google.golang.org/protobuf/types/known/timestamppb"
 
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
 	"github.com/wasmatrix/wasmatrix/provider"
@@ -28,6 +28,9 @@ var openBackoff = restartPolicy{backoff: time.Second, maxBackoff: 30 * time.Seco
 // providerHost opens and closes providers; *provider.Host is one.
 type providerHost interface {
 	Start(ctx context.Context, typ string, cfg provider.Config) error
+	Update(ctx context.Context, typ string, cfg provider.Config) error
+	Serves(id string) bool
+	Drain(id string) (inFlight int)
 	Stop(ctx context.Context, id string) error
 }
 
@@ -36,11 +39,13 @@ type hosting struct {
 	node   string
 	dir    string
 	host   providerHost
-	report func(id string, st *pb.ProviderStatus)
+	report func(*pb.ProviderReport)
 	log    *slog.Logger
+	// messages is what messaging providers get; may be nil.
+	messages provider.Messages
 
 	mu        sync.Mutex
-	providers map[string]*hostedProvider
+	providers map[string]*hostedProvider // by id: no two replicas of one are on a node
 	fresh     []*hostedProvider
 	wake      chan struct{}
 }
@@ -52,64 +57,12 @@ type hostedProvider struct {
 	wake chan struct{}
 
 	// What follows is guarded by hosting.mu.
-	want   *pb.Provider // nil: no longer placed here
-	status *pb.ProviderStatus
+	want *pb.Provider       // nil: no longer placed here
+	last *pb.ProviderReport // what was last observed
 
 	// What follows belongs to the goroutine.
 	have  providerHave
 	tries int
-}
-
-// providerHave is what the goroutine of a provider last did.
-type providerHave struct {
-	open        bool
-	stopped     bool // STOPPED was reported for generation
-	generation  uint64
-	nodeEpoch   uint64
-	specVersion uint64
-	due         time.Time // of the next try; zero when none failed
-}
-
-// providerStep is what the goroutine of a provider does next.
-type providerStep int
-
-// The steps of a provider.
-const (
-	providerRest   providerStep = iota // wait for news
-	providerAwait                      // wait for news, and until due
-	providerOpen                       // open the driver, closing the old one first
-	providerAdopt                      // go on under a new generation
-	providerClose                      // drain and close the driver
-	providerForget                     // nothing is left to do
-)
-
-// stepProvider decides what follows; it is pure. A new generation in a new epoch
-// of the node, with the same spec, is the same provider: the node was only away
-// from the control plane. A new generation in the same epoch is a new start.
-func stepProvider(want *pb.Provider, have providerHave, shutdown bool, now time.Time) providerStep {
-	gone := want == nil || shutdown
-	run := !gone && want.GetDesiredRunning()
-	generation := want.GetPlacement().GetGeneration()
-	switch {
-	case gone && !have.open:
-		return providerForget
-	case !run && have.open:
-		return providerClose
-	case !run && have.stopped && have.generation == generation:
-		return providerRest
-	case !run:
-		return providerClose
-	}
-	sameSpec := have.specVersion == want.GetSpecVersion()
-	switch {
-	case have.open && sameSpec && have.generation == generation:
-		return providerRest
-	case have.open && sameSpec && have.nodeEpoch != want.GetPlacement().GetNodeEpoch():
-		return providerAdopt
-	case !have.open && sameSpec && have.generation == generation && now.Before(have.due):
-		return providerAwait
-	}
-	return providerOpen
 }
 
 // run keeps the providers until ctx ends, then drains and closes them.
@@ -132,10 +85,11 @@ func (h *hosting) run(ctx context.Context) error {
 	}
 }
 
-// put says how a provider is wanted; one placed on another node is not wanted here.
+// put says how a replica of a provider is wanted; one placed on another node is
+// not wanted here.
 func (h *hosting) put(rec *pb.Provider) {
 	if rec.GetPlacement().GetNodeId() != h.node {
-		h.remove(rec.GetId())
+		h.remove(provider.ReplicaKey(rec.GetId(), rec.GetReplica()))
 		return
 	}
 	h.mu.Lock()
@@ -151,11 +105,13 @@ func (h *hosting) put(rec *pb.Provider) {
 	poke(p.wake)
 }
 
-// remove says that a provider is not placed on this node.
-func (h *hosting) remove(id string) {
+// remove says that a replica, named by its provider.ReplicaKey, is not placed on
+// this node. Another one of the same provider may be.
+func (h *hosting) remove(key string) {
+	id, _, _ := strings.Cut(key, "/")
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if p, ok := h.providers[id]; ok {
+	if p, ok := h.providers[id]; ok && p.want != nil && provider.ReplicaKey(id, p.want.GetReplica()) == key {
 		p.want = nil
 		poke(p.wake)
 	}
@@ -163,16 +119,20 @@ func (h *hosting) remove(id string) {
 
 // replace makes records all that is known of providers.
 func (h *hosting) replace(records map[string]*pb.Provider) {
-	h.mu.Lock()
-	known := slices.Collect(maps.Keys(h.providers))
-	h.mu.Unlock()
-	for _, id := range known {
-		if _, ok := records[id]; !ok {
-			h.remove(id)
+	here := map[string]bool{}
+	for _, rec := range records {
+		if rec.GetPlacement().GetNodeId() == h.node {
+			here[rec.GetId()] = true
+			h.put(rec)
 		}
 	}
-	for _, rec := range records {
-		h.put(rec)
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for id, p := range h.providers {
+		if !here[id] {
+			p.want = nil
+			poke(p.wake)
+		}
 	}
 }
 
@@ -195,8 +155,11 @@ func (h *hosting) keep(ctx context.Context, p *hostedProvider) {
 		case providerOpen:
 			h.open(ctx, p, want)
 			continue
+		case providerUpdate:
+			h.update(ctx, p, want)
+			continue
 		case providerAdopt:
-			p.have.generation, p.have.nodeEpoch = want.GetPlacement().GetGeneration(), want.GetPlacement().GetNodeEpoch()
+			p.have.placed(want)
 			h.tell(p, pb.ProviderState_PROVIDER_STATE_RUNNING, "")
 			continue
 		case providerClose:
@@ -230,30 +193,68 @@ func (h *hosting) forget(p *hostedProvider, shutdown bool) bool {
 	return shutdown
 }
 
+func (h *hosting) config(want *pb.Provider) provider.Config {
+	return provider.Config{
+		ID: want.GetId(), Driver: want.GetSpec().GetDriver(), Settings: want.GetSpec().GetConfig(),
+		Dir: filepath.Join(h.dir, want.GetId()), StopGrace: stopGrace(want),
+		Node: h.node, Messages: h.messages,
+	}
+}
+
+// stopGrace is how long calls in flight may take to finish.
+func stopGrace(want *pb.Provider) time.Duration {
+	if d := want.GetStopGrace(); d != nil {
+		return max(d.AsDuration(), time.Millisecond)
+	}
+	return provider.DefaultStopGrace
+}
+
 func (h *hosting) open(ctx context.Context, p *hostedProvider, want *pb.Provider) {
-	if p.have.specVersion != want.GetSpecVersion() || p.have.generation != want.GetPlacement().GetGeneration() {
+	if p.have.specVersion != want.GetSpecVersion() || !p.have.same(want) {
 		p.tries = 0
 	}
-	p.have = providerHave{
-		generation: want.GetPlacement().GetGeneration(), nodeEpoch: want.GetPlacement().GetNodeEpoch(),
-		specVersion: want.GetSpecVersion(),
-	}
+	p.have = providerHave{specVersion: want.GetSpecVersion()}
+	p.have.placed(want)
 	h.tell(p, pb.ProviderState_PROVIDER_STATE_STARTING, "")
-	ctx, cancel := context.WithTimeout(ctx, openTimeout)
+	bounded, cancel := context.WithTimeout(ctx, stopGrace(want)+openTimeout)
 	defer cancel()
-	err := h.host.Start(ctx, want.GetSpec().GetType(), provider.Config{
-		ID: p.id, Driver: want.GetSpec().GetDriver(), Settings: want.GetSpec().GetConfig(),
-		Dir: filepath.Join(h.dir, p.id),
-	})
+	if err := h.host.Start(bounded, want.GetSpec().GetType(), h.config(want)); err != nil {
+		h.failed(ctx, p, want, "opening a provider failed", err)
+		return
+	}
+	p.have.open, p.tries = true, 0
+	h.tell(p, pb.ProviderState_PROVIDER_STATE_RUNNING, "")
+}
+
+// update gives an open provider its new driver or configuration. When that fails
+// the one before goes on, and it is tried again.
+func (h *hosting) update(ctx context.Context, p *hostedProvider, want *pb.Provider) {
+	if p.have.tried != want.GetSpecVersion() {
+		p.tries = 0
+	}
+	bounded, cancel := context.WithTimeout(ctx, stopGrace(want)+openTimeout)
+	defer cancel()
+	err := h.host.Update(bounded, want.GetSpec().GetType(), h.config(want))
 	if err == nil {
-		p.have.open, p.tries = true, 0
+		p.have.specVersion, p.have.due, p.tries = want.GetSpecVersion(), time.Time{}, 0
 		h.tell(p, pb.ProviderState_PROVIDER_STATE_RUNNING, "")
 		return
 	}
+	p.have.open = h.host.Serves(p.id)
+	h.failed(ctx, p, want, "changing the configuration of a provider failed", err)
+}
+
+// failed plans the next try of what went wrong, and reports it.
+func (h *hosting) failed(ctx context.Context, p *hostedProvider, want *pb.Provider, what string, err error) {
 	p.tries++
 	delay := openBackoff.delay(p.tries, rand.Float64())
-	p.have.due = time.Now().Add(delay)
-	h.log.WarnContext(ctx, "opening a provider failed", "provider", p.id, "error", err, "retry_in", delay)
+	p.have.due, p.have.tried = time.Now().Add(delay), want.GetSpecVersion()
+	h.log.WarnContext(ctx, what, "provider", p.id, "error", err, "retry_in", delay, "still_serving", p.have.open)
+	if p.have.open {
+		h.tell(p, pb.ProviderState_PROVIDER_STATE_RUNNING, fmt.Sprintf("still with the configuration before: %s", err))
+		return
+	}
+	p.have.specVersion = want.GetSpecVersion()
 	h.tell(p, pb.ProviderState_PROVIDER_STATE_FAILED, err.Error())
 }
 
@@ -261,44 +262,57 @@ func (h *hosting) open(ctx context.Context, p *hostedProvider, want *pb.Provider
 // left this node, nor of one that ends with the agent: it is still wanted.
 func (h *hosting) close(ctx context.Context, p *hostedProvider, want *pb.Provider) {
 	told := want != nil && !want.GetDesiredRunning()
+	grace, outcome := drainTimeout, ""
 	if told {
-		p.have.generation = want.GetPlacement().GetGeneration()
+		p.have.placed(want)
+		grace = stopGrace(want)
 	}
 	if p.have.open {
+		inFlight := h.host.Drain(p.id)
 		if told {
-			h.tell(p, pb.ProviderState_PROVIDER_STATE_DRAINING, "")
+			h.draining(p, inFlight)
 		}
-		bounded, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTimeout)
+		bounded, cancel := context.WithTimeout(context.WithoutCancel(ctx), grace)
 		defer cancel()
 		if err := h.host.Stop(bounded, p.id); err != nil {
+			outcome = err.Error()
 			h.log.WarnContext(ctx, "closing a provider failed", "provider", p.id, "error", err)
 		}
 	}
 	p.have.open, p.have.stopped, p.have.due = false, told, time.Time{}
 	if told {
-		h.tell(p, pb.ProviderState_PROVIDER_STATE_STOPPED, "")
+		h.tell(p, pb.ProviderState_PROVIDER_STATE_STOPPED, outcome)
 	}
+}
+
+// draining reports that a provider finishes what is under way.
+func (h *hosting) draining(p *hostedProvider, inFlight int) {
+	st := p.have.status(pb.ProviderState_PROVIDER_STATE_DRAINING, "")
+	st.CallsInFlight = uint32(min(inFlight, math.MaxInt32)) //nolint:gosec // bounded
+	h.record(p, st)
 }
 
 // tell records and reports a state of the provider's present generation.
 func (h *hosting) tell(p *hostedProvider, state pb.ProviderState, message string) {
-	st := &pb.ProviderStatus{
-		State: state, Generation: p.have.generation, Message: oneLine(message), ChangedAt: timestamppb.New(time.Now()),
-	}
-	h.mu.Lock()
-	p.status = st
-	h.mu.Unlock()
-	h.report(p.id, st)
+	h.record(p, p.have.status(state, message))
 }
 
-// statuses returns what was last observed of each provider.
-func (h *hosting) statuses() map[string]*pb.ProviderStatus {
+func (h *hosting) record(p *hostedProvider, st *pb.ProviderStatus) {
+	r := &pb.ProviderReport{ProviderId: p.id, Replica: p.have.replica, Status: st}
+	h.mu.Lock()
+	p.last = r
+	h.mu.Unlock()
+	h.report(r)
+}
+
+// reports returns what was last observed of each provider.
+func (h *hosting) reports() []*pb.ProviderReport {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	out := map[string]*pb.ProviderStatus{}
-	for id, p := range h.providers {
-		if p.status != nil {
-			out[id] = p.status
+	var out []*pb.ProviderReport
+	for _, p := range h.providers {
+		if p.last != nil {
+			out = append(out, p.last)
 		}
 	}
 	return out
@@ -307,8 +321,8 @@ func (h *hosting) statuses() map[string]*pb.ProviderStatus {
 // states counts the hosted providers by state, for the metrics.
 func (h *hosting) states() map[pb.ProviderState]int {
 	counts := map[pb.ProviderState]int{}
-	for _, st := range h.statuses() {
-		counts[st.GetState()]++
+	for _, r := range h.reports() {
+		counts[r.GetStatus().GetState()]++
 	}
 	return counts
 }
@@ -324,12 +338,12 @@ func (h *hosting) health() (ready bool, reason string) {
 			continue
 		}
 		wanted++
-		if p.status.GetState() == pb.ProviderState_PROVIDER_STATE_RUNNING {
+		if p.last.GetStatus().GetState() == pb.ProviderState_PROVIDER_STATE_RUNNING {
 			serving++
 			continue
 		}
-		trouble += fmt.Sprintf("; %s is %s", id, providerStateLabel(p.status.GetState()))
-		if m := p.status.GetMessage(); m != "" {
+		trouble += fmt.Sprintf("; %s is %s", id, providerStateLabel(p.last.GetStatus().GetState()))
+		if m := p.last.GetStatus().GetMessage(); m != "" {
 			trouble += " (" + m + ")"
 		}
 	}

@@ -32,6 +32,9 @@ func TestStepProvider(t *testing.T) {
 	started := func(p *pb.Provider) { p.Placement.Generation = 3 }
 	returned := func(p *pb.Provider) { p.Placement.Generation, p.Placement.NodeEpoch = 3, 6 }
 	open := providerHave{open: true, generation: 2, nodeEpoch: 5, specVersion: 1}
+	another := func(p *pb.Provider) { p.Replica = 2 }
+	refused := open
+	refused.tried, refused.due = 2, now.Add(time.Second)
 	failed := providerHave{generation: 2, nodeEpoch: 5, specVersion: 1, due: now.Add(time.Second)}
 	closed := providerHave{stopped: true, generation: 2, nodeEpoch: 5, specVersion: 1}
 	for _, c := range []struct {
@@ -44,10 +47,14 @@ func TestStepProvider(t *testing.T) {
 		{"a new one is opened", rec(), providerHave{}, false, providerOpen},
 		{"one to be stopped is told so", rec(off), providerHave{}, false, providerClose},
 		{"an open one rests", rec(), open, false, providerRest},
-		{"a new spec opens it anew", rec(updated), open, false, providerOpen},
+		{"a new spec updates it", rec(updated), open, false, providerUpdate},
+		{"a spec that could not be opened waits", rec(updated), refused, false, providerAwait},
+		{"the next spec does not wait", rec(updated, func(p *pb.Provider) { p.SpecVersion = 3 }), refused, false, providerUpdate},
+		{"nor does a new start", rec(started), refused, false, providerOpen},
 		{"a new start opens it anew", rec(started), open, false, providerOpen},
 		{"in a new epoch of the node it goes on", rec(returned), open, false, providerAdopt},
-		{"unless its spec changed as well", rec(returned, updated), open, false, providerOpen},
+		{"and is updated after that", rec(returned, updated), open, false, providerAdopt},
+		{"as another replica it goes on", rec(another), open, false, providerAdopt},
 		{"a stop closes it", rec(off), open, false, providerClose},
 		{"once closed it rests", rec(off), closed, false, providerRest},
 		{"a start of a later generation opens it", rec(started), closed, false, providerOpen},
@@ -71,12 +78,18 @@ func TestStepProvider(t *testing.T) {
 	if got := stepProvider(rec(), failed, false, failed.due); got != providerOpen {
 		t.Fatalf("when its time has come: step %d", got)
 	}
+	if got := stepProvider(rec(updated), refused, false, refused.due); got != providerUpdate {
+		t.Fatalf("when the time of an update has come: step %d", got)
+	}
 }
 
 // memoKind is a type of provider that answers with what it was opened with.
 type memoKind struct {
+	hold chan struct{} // calls wait for it, when it is set
+
 	mu     sync.Mutex
 	fail   error
+	bad    string // the driver that does not open
 	opened []provider.Config
 	closed int
 }
@@ -94,6 +107,9 @@ func (k *memoKind) Open(_ context.Context, cfg provider.Config) (provider.Provid
 	if k.fail != nil {
 		return nil, k.fail
 	}
+	if k.bad != "" && cfg.Driver == k.bad {
+		return nil, errors.New("no such driver")
+	}
 	return &memo{kind: k, driver: cfg.Driver}, nil
 }
 
@@ -108,7 +124,20 @@ type memo struct {
 	driver string
 }
 
-func (m *memo) Invoke(_ context.Context, call provider.Call) ([]byte, error) {
+func (k *memoKind) refuse(driver string) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.bad = driver
+}
+
+func (m *memo) Invoke(ctx context.Context, call provider.Call) ([]byte, error) {
+	if m.kind.hold != nil {
+		select {
+		case <-m.kind.hold:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
 	return []byte(m.driver + " " + call.Bucket), nil
 }
 
@@ -164,7 +193,7 @@ func TestAPlacedProviderIsOpenedUpdatedAndStopped(t *testing.T) {
 		leader.put(&pb.AssignmentChange{Change: &pb.AssignmentChange_RemoveProvider{RemoveProvider: "kv"}})
 		within(t, time.Second, "nothing is left of it", func() bool {
 			opened, closed := kind.count()
-			return opened == closed && len(agent.hosting.statuses()) == 0
+			return opened == closed && len(agent.hosting.reports()) == 0
 		})
 	})
 }

@@ -24,11 +24,12 @@ const (
 // idle path sends at once; what is observed while a batch is under way goes with
 // the next one, the latest for each instance and provider.
 type reporter struct {
-	sent func(err error)
+	sent    func(err error)
+	denials *denials // nil when nothing is refused here
 
 	mu        sync.Mutex
 	instances map[string]*pb.InstanceReport
-	providers map[string]*pb.ProviderStatus
+	providers map[string]*pb.ProviderReport // by id: no two replicas of one are on a node
 	sending   bool
 	wake      chan struct{}
 	settled   chan struct{} // closed and replaced after each batch
@@ -37,7 +38,7 @@ type reporter struct {
 func newReporter(sent func(error)) *reporter {
 	return &reporter{
 		sent:      sent,
-		instances: map[string]*pb.InstanceReport{}, providers: map[string]*pb.ProviderStatus{},
+		instances: map[string]*pb.InstanceReport{}, providers: map[string]*pb.ProviderReport{},
 		wake: make(chan struct{}, 1), settled: make(chan struct{}),
 	}
 }
@@ -60,11 +61,11 @@ func passing(st *pb.InstanceStatus) bool {
 	return st.GetState() < pb.InstanceState_INSTANCE_STATE_RUNNING && st.GetReason() == pb.ExitReason_EXIT_REASON_UNSPECIFIED
 }
 
-// provider takes an observation of a provider.
-func (r *reporter) provider(id string, st *pb.ProviderStatus) {
+// provider takes an observation of a provider's replica; it is not modified afterwards.
+func (r *reporter) provider(report *pb.ProviderReport) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.providers[id] = st
+	r.providers[report.GetProviderId()] = report
 	r.poke()
 }
 
@@ -99,10 +100,13 @@ func (r *reporter) run(ctx context.Context, client pb.AgentSessionServiceClient,
 func (r *reporter) take(node string, epoch uint64) *pb.ReportStatusRequest {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if len(r.instances) == 0 && len(r.providers) == 0 {
+	req := &pb.ReportStatusRequest{NodeId: node, Epoch: epoch}
+	if r.denials != nil {
+		req.Denials = r.denials.take()
+	}
+	if len(r.instances) == 0 && len(r.providers) == 0 && len(req.GetDenials()) == 0 {
 		return nil
 	}
-	req := &pb.ReportStatusRequest{NodeId: node, Epoch: epoch}
 	for id, report := range r.instances {
 		if len(req.Instances) == maxReports {
 			break
@@ -110,11 +114,11 @@ func (r *reporter) take(node string, epoch uint64) *pb.ReportStatusRequest {
 		req.Instances = append(req.Instances, report)
 		delete(r.instances, id)
 	}
-	for id, st := range r.providers {
+	for id, report := range r.providers {
 		if len(req.Providers) == maxReports {
 			break
 		}
-		req.Providers = append(req.Providers, &pb.ProviderReport{ProviderId: id, Status: st})
+		req.Providers = append(req.Providers, report)
 		delete(r.providers, id)
 	}
 	r.sending = true
@@ -127,6 +131,9 @@ func (r *reporter) done(req *pb.ReportStatusRequest, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if err != nil {
+		if r.denials != nil {
+			r.denials.giveBack(req.GetDenials())
+		}
 		for _, i := range req.GetInstances() {
 			if _, newer := r.instances[i.GetInstanceId()]; !newer {
 				r.instances[i.GetInstanceId()] = i
@@ -134,7 +141,7 @@ func (r *reporter) done(req *pb.ReportStatusRequest, err error) {
 		}
 		for _, p := range req.GetProviders() {
 			if _, newer := r.providers[p.GetProviderId()]; !newer {
-				r.providers[p.GetProviderId()] = p.GetStatus()
+				r.providers[p.GetProviderId()] = p
 			}
 		}
 	}
@@ -149,6 +156,10 @@ func (r *reporter) flush(ctx context.Context) error {
 		r.mu.Lock()
 		idle, settled := !r.sending && len(r.instances) == 0 && len(r.providers) == 0, r.settled
 		r.mu.Unlock()
+		if r.denials != nil && r.denials.hurry() {
+			idle = false
+			r.poke()
+		}
 		if idle {
 			return nil
 		}

@@ -151,8 +151,8 @@ func (a *Agent) resync() {
 		}
 		s.mu.Unlock()
 	}
-	for id, st := range a.hosting.statuses() {
-		a.reports.provider(id, st)
+	for _, r := range a.hosting.reports() {
+		a.reports.provider(r)
 	}
 }
 
@@ -169,9 +169,9 @@ func (a *Agent) observedInstance(r *pb.InstanceReport) {
 	}
 }
 
-func (a *Agent) observedProvider(id string, st *pb.ProviderStatus) {
+func (a *Agent) observedProvider(r *pb.ProviderReport) {
 	if a.session != nil {
-		a.reports.provider(id, st)
+		a.reports.provider(r)
 	}
 }
 

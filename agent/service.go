@@ -29,6 +29,7 @@ type service struct {
 	agent        *Agent
 	capabilities capabilityServer
 	ports        func(inst *pb.Instance) port
+	toAPI        func(error) *apierror.Error
 }
 
 // QueryInstance returns an instance of this node with its resource use.

@@ -57,8 +57,9 @@ type session struct {
 
 	epoch uint64 // of the lease this process holds; 0 for none
 
-	mu     sync.Mutex
-	status sessionStatus
+	mu      sync.Mutex
+	status  sessionStatus
+	changed chan struct{} // closed at the next change of status; nil while nobody waits
 }
 
 // sessionStatus is what others may know of the session.
@@ -76,8 +77,22 @@ func (s *session) current() sessionStatus {
 
 func (s *session) set(st sessionStatus) {
 	s.mu.Lock()
+	defer s.mu.Unlock()
 	s.status = st
-	s.mu.Unlock()
+	if s.changed != nil {
+		close(s.changed)
+		s.changed = nil
+	}
+}
+
+// watchStatus returns the status, and a channel that is closed when it changes.
+func (s *session) watchStatus() (sessionStatus, <-chan struct{}) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.changed == nil {
+		s.changed = make(chan struct{})
+	}
+	return s.status, s.changed
 }
 
 // run looks for the leader and holds a session with it, over and over, until ctx ends.

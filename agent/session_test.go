@@ -234,9 +234,9 @@ func TestABatchThatWasNotAcknowledgedIsKept(t *testing.T) {
 	first, old, newer := of("a-1", 1), of("a-2", 1), of("a-2", 2)
 	r.instance(first)
 	r.instance(old)
-	r.provider("kv", &pb.ProviderStatus{})
+	r.provider(&pb.ProviderReport{ProviderId: "kv", Replica: 2, Status: &pb.ProviderStatus{}})
 	batch := r.take("n1", 7)
-	if len(batch.GetInstances()) != 2 || len(batch.GetProviders()) != 1 || batch.GetEpoch() != 7 || r.take("n1", 7) != nil {
+	if len(batch.GetInstances()) != 2 || len(batch.GetProviders()) != 1 || batch.GetProviders()[0].GetReplica() != 2 || batch.GetEpoch() != 7 || r.take("n1", 7) != nil {
 		t.Fatalf("took %v", batch)
 	}
 	r.instance(newer)

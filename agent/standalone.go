@@ -42,6 +42,7 @@ type standalone struct {
 	// resolve and instances look at what the agent has.
 	resolve   func(target string) ([]string, error)
 	instances func() []*pb.Instance
+	grantsOf  func(id string) []*pb.CapabilityAssignment
 	now       func() time.Time
 
 	mu       sync.Mutex // one request at a time
@@ -108,7 +109,7 @@ func (s *standalone) assignment(ctx context.Context, inst *pb.Instance, g *pb.Ca
 	}
 	return &pb.CapabilityAssignment{
 		InstanceId: inst.GetId(), ProviderId: g.GetProvider(), Permissions: g.GetPermissions(),
-		Bucket: bucket, CorrelationId: correlation.ID(ctx),
+		Bucket: bucket, CorrelationId: correlation.ID(ctx), Subscriptions: triggered(inst.GetSpec(), g),
 	}
 }
 

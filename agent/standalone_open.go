@@ -22,7 +22,7 @@ func (a *Agent) openStandalone(recovered *pb.WatchAssignmentsResponse) error {
 			}
 			return a.cfg.Runtimes[name] != nil
 		},
-		accept: a.accept, instances: a.Instances, resolve: a.worker.resolveIDs,
+		accept: a.accept, instances: a.Instances, grantsOf: a.grantsOf, resolve: a.worker.resolveIDs,
 		answers: map[string]remembered{},
 	}
 	set := newAssignments()

@@ -190,10 +190,22 @@ func checkName(name string) (reason, suggestion string) {
 		}
 		last = label
 	}
-	if _, err := strconv.ParseUint(last, 0, 64); err == nil || strings.Trim(last, "0123456789") == "" {
+	if endsInNumber(last) {
 		return fmt.Sprintf("%q ends in a number and is not an IPv4 address", name), ""
 	}
 	return "", ""
+}
+
+// endsInNumber reports whether a resolver could take a last label for a number:
+// digits, or 0x and hexadecimal digits, of any length.
+func endsInNumber(last string) bool {
+	if hex, found := strings.CutPrefix(last, "0x"); found {
+		return strings.Trim(hex, "0123456789abcdef") == ""
+	}
+	if _, err := strconv.ParseUint(last, 0, 64); err == nil {
+		return true // 0o and 0b too
+	}
+	return strings.Trim(last, "0123456789") == ""
 }
 
 func checkLabel(label string) string {

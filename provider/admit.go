@@ -83,6 +83,27 @@ func (c *Call) Admit() error {
 	return a.router.directory.still(c)
 }
 
+// Left returns for how long the call may still have its effect; limited is false
+// when that is as long as its context lives. It is for a provider whose effect
+// happens elsewhere, where Admit cannot be asked.
+func (c *Call) Left() (left time.Duration, limited bool) {
+	a := &c.admission
+	switch {
+	case a.router == nil:
+		return 0, false
+	case a.notAfter != 0:
+		return a.notAfter - a.router.clock(), true
+	case a.port != nil && a.port.tenure != nil:
+		at, held := a.port.tenure.Ends()
+		if !held {
+			return 0, true
+		}
+		return at - a.router.clock(), true
+	default:
+		return 0, false
+	}
+}
+
 // Mark returns how new the caller's placement is; the zero Mark for a user.
 func (c *Call) Mark() Mark { return Mark{Created: c.Created, Generation: c.Generation} }
 

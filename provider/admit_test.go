@@ -162,6 +162,8 @@ func TestALateCallOfAnotherNodeHasNoEffect(t *testing.T) {
 // unsure is a remote whose calls get no answer.
 type unsure struct{ calls []provider.RemoteCall }
 
+func (*unsure) Probe(context.Context, string) error { return nil }
+
 func (u *unsure) Invoke(_ context.Context, _ string, call provider.RemoteCall) ([]byte, error) {
 	u.calls = append(u.calls, call)
 	return nil, provider.Errorf(provider.ErrTimeout, "no answer").With(provider.DetailOutcome, provider.OutcomeUnknown)
@@ -196,6 +198,7 @@ func TestSettleWaitsForCallsWithoutAnAnswer(t *testing.T) {
 		if err := port.Settle(t.Context()); err != nil || time.Since(began) != 2*time.Second {
 			t.Fatalf("it settled after %s: %v", time.Since(began), err)
 		}
+		time.Sleep(time.Second) // virtual: what carried the calls ends
 	})
 }
 
@@ -246,6 +249,8 @@ func TestAFenceForgetsOnlyWhatHasNotCalledForLong(t *testing.T) {
 // hanging is a remote whose calls go on after their caller has gone, for a while.
 type hanging struct{ until time.Time }
 
+func (*hanging) Probe(context.Context, string) error { return nil }
+
 func (h *hanging) Invoke(context.Context, string, provider.RemoteCall) ([]byte, error) {
 	time.Sleep(time.Until(h.until))
 	return nil, provider.Errorf(provider.ErrTimeout, "no answer").With(provider.DetailOutcome, provider.OutcomeUnknown)
@@ -279,6 +284,8 @@ func TestSettleWaitsForCallsThatAreUnderWay(t *testing.T) {
 // answering is a remote that answers after a while, whether or not its caller waits.
 type answering struct{ after time.Duration }
 
+func (answering) Probe(context.Context, string) error { return nil }
+
 func (a answering) Invoke(ctx context.Context, _ string, call provider.RemoteCall) ([]byte, error) {
 	select {
 	case <-time.After(a.after):
@@ -308,5 +315,6 @@ func TestSettleEndsWithTheAnswerOfACallWhoseCallerHasGone(t *testing.T) {
 		if err := port.Settle(t.Context()); err != nil || time.Since(began) != 100*time.Millisecond {
 			t.Fatalf("it settled after %s: %v", time.Since(began), err)
 		}
+		time.Sleep(time.Second) // virtual: what carried the calls ends
 	})
 }

@@ -39,11 +39,14 @@ type Facts struct {
 	Fence uint64
 	// Turn counts the changes to instances up to this moment.
 	Turn uint64
-	// Provider is the provider that is called.
+	// Provider is the replica of the called provider that is on this node, or else
+	// the first one.
 	Provider *ProviderRecord
+	// Replicas are all replicas of it, in their order; they are shared.
+	Replicas []*ProviderRecord
 	// Assignment lets the one use the other.
 	Assignment *Assignment
-	// Address is that of the agent of the provider's node; empty when not known.
+	// Address is that of the agent of Provider's node; empty when not known.
 	Address string
 	// Candidates is the number of providers to choose from, when the call names none.
 	Candidates int
@@ -137,13 +140,13 @@ func checkProvider(f *Facts, provider string, need permission.Need) error {
 func refuseUnassigned(f *Facts, provider string, need permission.Need) error {
 	return Errorf(ErrDenied, "%s was not granted provider %s", f.Instance.Name, provider).
 		With("instance", f.Instance.ID).With("provider", provider).With("need", need.String()).
-		NextStep("%s", grantStep(f.Instance.Name, permission.Set{}, need, provider)).mayHeal()
+		NextStep("%s", grantStep(f.Instance.Name, permission.Set{}, need, provider)).mayHeal().denied(f.Instance, provider, need)
 }
 
 func refuseUncovered(f *Facts, a *Assignment, need permission.Need) error {
 	return Errorf(ErrDenied, "%s may not use provider %s for this: %s", f.Instance.Name, a.Provider, a.Permissions.Explain(need)).
 		With("instance", f.Instance.ID).With("provider", a.Provider).With("need", need.String()).
-		NextStep("%s", grantStep(f.Instance.Name, a.Permissions, need, a.Provider)).mayHeal()
+		NextStep("%s", grantStep(f.Instance.Name, a.Permissions, need, a.Provider)).mayHeal().denied(f.Instance, a.Provider, need)
 }
 
 // grantStep is the command that lifts a refusal, and the flag that would have

@@ -26,8 +26,9 @@ type Directory struct {
 
 	mu          sync.RWMutex
 	instances   map[string]*InstanceRecord
-	providers   map[string]*ProviderRecord
-	assignments map[string][]*Assignment // by instance, in the order of the providers' ids
+	providers   map[string][]*ProviderRecord      // by id, in the order of the replicas
+	assignments map[string][]*Assignment          // by instance, in the order of the providers' ids
+	subscribed  map[string]map[string]*Assignment // those with subscriptions, by provider and instance
 	nodes       map[string]string
 	fences      map[string]Mark // of instances that are not known any more
 	oldFences   map[string]Mark // the same; dropped when fences is full
@@ -46,8 +47,9 @@ func NewDirectory(self string) *Directory {
 
 func (d *Directory) clear() {
 	d.instances = map[string]*InstanceRecord{}
-	d.providers = map[string]*ProviderRecord{}
+	d.providers = map[string][]*ProviderRecord{}
 	d.assignments = map[string][]*Assignment{}
+	d.subscribed = map[string]map[string]*Assignment{}
 	d.nodes = map[string]string{}
 }
 
@@ -103,7 +105,7 @@ func (d *Directory) Replace(r Records) (stale []string) {
 			}
 		}
 		for i := range r.Providers {
-			d.providers[r.Providers[i].ID] = &r.Providers[i]
+			d.putProvider(&r.Providers[i])
 		}
 		for i := range r.Assignments {
 			d.putAssignment(r.Assignments[i])
@@ -175,16 +177,6 @@ func (d *Directory) fence(id string) Mark {
 	return d.oldFences[id]
 }
 
-// PutProvider adds or replaces a provider.
-func (d *Directory) PutProvider(rec ProviderRecord) {
-	d.change(func() { d.providers[rec.ID] = &rec })
-}
-
-// RemoveProvider removes a provider.
-func (d *Directory) RemoveProvider(id string) {
-	d.change(func() { delete(d.providers, id) })
-}
-
 // PutAssignment adds or replaces an assignment.
 func (d *Directory) PutAssignment(a Assignment) {
 	d.change(func() { d.putAssignment(a) })
@@ -201,6 +193,7 @@ func (d *Directory) putAssignment(a Assignment) {
 		next = slices.Insert(next, i, &a)
 	}
 	d.assignments[a.Instance] = next
+	d.noteSubscriptions(&a)
 }
 
 // RemoveAssignment removes an assignment.
@@ -208,6 +201,9 @@ func (d *Directory) RemoveAssignment(instance, provider string) {
 	d.change(func() {
 		list := d.assignments[instance]
 		i, found := slices.BinarySearchFunc(list, provider, byProvider)
+		if found {
+			d.noteSubscriptions(&Assignment{Instance: instance, Provider: provider})
+		}
 		switch {
 		case !found:
 		case len(list) == 1:
@@ -237,17 +233,6 @@ func (d *Directory) Instance(id string) (InstanceRecord, bool) {
 	rec, ok := d.instances[id]
 	if !ok {
 		return InstanceRecord{}, false
-	}
-	return *rec, true
-}
-
-// Provider returns what is known of a provider.
-func (d *Directory) Provider(id string) (ProviderRecord, bool) {
-	d.mu.RLock()
-	defer d.mu.RUnlock()
-	rec, ok := d.providers[id]
-	if !ok {
-		return ProviderRecord{}, false
 	}
 	return *rec, true
 }
@@ -296,7 +281,8 @@ func (d *Directory) Facts(instance, capability, provider string) Facts {
 	} else if i, found := slices.BinarySearchFunc(list, provider, byProvider); found {
 		f.Assignment = list[i]
 	}
-	f.Provider = d.providers[provider]
+	f.Replicas = d.providers[provider]
+	f.Provider = d.nearest(f.Replicas)
 	if f.Provider != nil {
 		f.Address = d.nodes[f.Provider.Node]
 	}
@@ -306,8 +292,8 @@ func (d *Directory) Facts(instance, capability, provider string) Facts {
 // serves reports whether an assignment is for a capability: by the type of its
 // provider, or by its permissions when the provider is gone.
 func (d *Directory) serves(a *Assignment, capability string) bool {
-	if rec, ok := d.providers[a.Provider]; ok {
-		return rec.Type == typeOf(capability)
+	if replicas := d.providers[a.Provider]; len(replicas) > 0 {
+		return replicas[0].Type == typeOf(capability)
 	}
 	return a.Permissions.MayEver(permission.Need{Capability: capability})
 }

@@ -18,14 +18,16 @@ var (
 	ErrNotFound = errors.New("provider not found")
 	// ErrInstanceNotFound: the calling instance is not known.
 	ErrInstanceNotFound = errors.New("instance not found")
-	// ErrUnavailable: the provider exists and does not serve at the moment.
+	// ErrUnavailable: the provider exists and does not serve at the moment. Without
+	// the detail "outcome": "unknown" the call was certainly not carried out.
 	ErrUnavailable = errors.New("provider unavailable")
 	// ErrExhausted: a limit was reached, such as a full disk.
 	ErrExhausted = errors.New("resource exhausted")
 	// ErrTimeout: the deadline passed first; the call may have been carried out.
 	ErrTimeout = errors.New("timeout")
 	// ErrCommunication: the other side could not be reached, or the connection
-	// broke before an answer came.
+	// broke before an answer came. Without the detail "outcome": "unknown" the call
+	// was certainly not carried out, or may be carried out twice.
 	ErrCommunication = errors.New("communication failure")
 	// ErrConflict: the request does not fit the present state.
 	ErrConflict = errors.New("conflict")
@@ -46,7 +48,9 @@ type Error struct {
 	Next string
 
 	cause     error
-	unsettled bool
+	unsettled bool // mayHeal
+	onTheWay  bool // OnTheWay
+	denial    *Denial
 }
 
 // Errorf makes an Error of one of the sentinels.
@@ -108,6 +112,19 @@ func (e *Error) mayHeal() *Error {
 func Unsettled(err error) bool {
 	var e *Error
 	return errors.As(err, &e) && e.unsettled
+}
+
+// OnTheWay marks a failure of the way to another node, not of what is there, and
+// returns e. A Remote marks that way what it says itself.
+func (e *Error) OnTheWay() *Error {
+	e.onTheWay = true
+	return e
+}
+
+// TransportFailed reports whether err was marked with OnTheWay.
+func TransportFailed(err error) bool {
+	e, own := errors.AsType[*Error](err)
+	return own && e.onTheWay
 }
 
 // FromContext returns the error for a call whose context has ended, or nil when

@@ -51,13 +51,17 @@ func (k *fakeKind) Open(_ context.Context, cfg provider.Config) (provider.Provid
 // fakeProvider answers with what it was called with; gate, when set, holds it up.
 type fakeProvider struct {
 	gate   chan struct{}
+	deaf   bool // it does not look at its context
 	err    error
 	closed sync.Once
 	onEnd  func()
 }
 
 func (p *fakeProvider) Invoke(ctx context.Context, c provider.Call) ([]byte, error) {
-	if p.gate != nil {
+	switch {
+	case p.gate != nil && p.deaf:
+		<-p.gate
+	case p.gate != nil:
 		select {
 		case <-p.gate:
 		case <-ctx.Done():
@@ -93,6 +97,8 @@ func (r *fakeRemote) Invoke(_ context.Context, address string, call provider.Rem
 	r.calls = append(r.calls, call)
 	return []byte("remote"), nil
 }
+
+func (r *fakeRemote) Probe(context.Context, string) error { return nil }
 
 func set(t testing.TB, texts ...string) permission.Set {
 	t.Helper()
@@ -137,6 +143,8 @@ func newNode(t testing.TB, change func(*provider.RouterConfig)) *node {
 	n.dir.Replace(records(t))
 	return n
 }
+
+func (n *node) log() *slog.Logger { return slog.New(slog.DiscardHandler) }
 
 func records(t testing.TB) provider.Records {
 	return provider.Records{

@@ -83,7 +83,7 @@ func TestHostStopGivesUpWaitingAtItsDeadline(t *testing.T) {
 		gate := make(chan struct{})
 		closed := make(chan struct{})
 		kind := &fakeKind{typ: "kv", open: func(provider.Config) (provider.Provider, error) {
-			return &fakeProvider{gate: gate, onEnd: func() { close(closed) }}, nil
+			return &fakeProvider{gate: gate, deaf: true, onEnd: func() { close(closed) }}, nil
 		}}
 		h := newHost(kind)
 		start(t, h, "kv")
@@ -96,7 +96,7 @@ func TestHostStopGivesUpWaitingAtItsDeadline(t *testing.T) {
 			t.Errorf("Stop: %v, want ErrTimeout", err)
 		}
 		if err := h.Start(ctx, "kv", provider.Config{ID: "kv"}); !errors.Is(err, provider.ErrTimeout) {
-			t.Errorf("Start while the old one drains: %v, want ErrTimeout", err)
+			t.Errorf("Start while the old one is not closed: %v, want ErrTimeout", err)
 		}
 		close(gate)
 		wg.Wait()

@@ -47,6 +47,7 @@ type metrics struct {
 	duration *prometheus.HistogramVec
 	calls    *prometheus.CounterVec
 	served   *prometheus.CounterVec
+	denials  *prometheus.CounterVec
 
 	// children holds a *callMetrics for each capability and operation that was
 	// ever well-formed, so that no other label value can come from a guest. It
@@ -77,12 +78,16 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 			Name: "wasmatrix_capability_calls_served_total",
 			Help: "Capability calls that came from other nodes or users, by the code of their answer.",
 		}, []string{"capability", "operation", "code"}),
+		denials: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "wasmatrix_capability_denials_total",
+			Help: "Capability calls of guests that no grant covers, by the side that refused them.",
+		}, []string{"capability", "operation", "side"}),
 	}
 	m.children.Store(&map[string]map[string]*callMetrics{})
 	if reg == nil {
 		return m, nil
 	}
-	return m, errors.Join(reg.Register(m.duration), reg.Register(m.calls), reg.Register(m.served))
+	return m, errors.Join(reg.Register(m.duration), reg.Register(m.calls), reg.Register(m.served), reg.Register(m.denials))
 }
 
 // of returns the children of an operation; nil when it was never well-formed.

@@ -115,10 +115,41 @@ func (p *Port) land(notAfter time.Duration, err error) {
 	}
 }
 
-// callRemote calls a provider of another node. The call carries until when it may
+// callAway calls the replicas of other nodes, one after the other while a call that
+// failed may go to another. here is how the one of this node failed, if there is one.
+func (p *Port) callAway(ctx context.Context, f *Facts, kind Kind, call Call, here error) ([]byte, error) {
+	away := RemoteCall{
+		Provider: f.Provider.ID, Capability: kind.Type(), Operation: call.Operation, Payload: call.Payload,
+		Instance: p.caller.Instance, Generation: p.caller.Generation, NodeEpoch: p.caller.NodeEpoch,
+		Repeatable: repeatable(kind, call.Operation),
+	}
+	list := p.router.candidates(ctx, f)
+	if len(list) == 0 {
+		if here == nil {
+			here = reachable(f.Provider, f.Address)
+		}
+		if here == nil {
+			here = unavailable(f.Provider.ID, "none of its replicas does")
+		}
+		return nil, here
+	}
+	for i := range list {
+		away.Node, away.Once = list[i].node, i < len(list)-1
+		answer, err := p.callRemote(ctx, &list[i], away)
+		if err == nil || i == len(list)-1 || !elsewhere(err, away.Repeatable) {
+			return answer, err
+		}
+		if ended := FromContext(ctx); ended != nil {
+			return nil, err
+		}
+	}
+	return nil, here
+}
+
+// callRemote calls a replica of another node. The call carries until when it may
 // have its effect: neither a slow network nor a process that stands still can
 // carry it beyond the end of the caller's tenure, or beyond its own deadline.
-func (p *Port) callRemote(ctx context.Context, address string, call RemoteCall) ([]byte, error) {
+func (p *Port) callRemote(ctx context.Context, to *candidate, call RemoteCall) ([]byte, error) {
 	now := p.router.clock()
 	call.NotAfter = now + DefaultCallTime
 	if deadline, ok := ctx.Deadline(); ok {
@@ -131,30 +162,36 @@ func (p *Port) callRemote(ctx context.Context, address string, call RemoteCall) 
 		}
 		call.NotAfter = min(call.NotAfter, at)
 	}
-	if err := p.takeOff(); err != nil {
+	finish, err := p.router.paths.begin(ctx, to, call.Provider)
+	if err != nil {
 		return nil, err
 	}
-	return p.fly(ctx, address, call, call.NotAfter-now)
+	if err := p.takeOff(); err != nil {
+		finish(err)
+		return nil, err
+	}
+	return p.fly(ctx, to.address, call, call.NotAfter-now, finish)
 }
 
 // fly makes a call and waits for its answer for as long as the caller does. The
 // call goes on without its caller: an instance that is ended in the middle of one
 // has settled when the answer is here, instead of when its time is up.
-func (p *Port) fly(ctx context.Context, address string, call RemoteCall, left time.Duration) ([]byte, error) {
+func (p *Port) fly(ctx context.Context, address string, call RemoteCall, left time.Duration, finish func(error)) ([]byte, error) {
 	type outcome struct {
 		answer []byte
 		err    error
 	}
 	call.Payload = slices.Clone(call.Payload) // it is the caller's, who may be gone
 	landed := make(chan outcome, 1)
-	go func() {
+	p.router.crew.run(func() {
 		detached, cancel := context.WithTimeout(context.WithoutCancel(ctx), left)
 		defer cancel()
 		var o outcome
 		o.answer, o.err = p.router.remote.Invoke(detached, address, call)
+		finish(o.err)
 		p.land(call.NotAfter, o.err)
 		landed <- o
-	}()
+	})
 	select {
 	case o := <-landed:
 		return o.answer, o.err

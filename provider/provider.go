@@ -2,6 +2,7 @@ package provider
 
 import (
 	"context"
+	"time"
 
 	"github.com/wasmatrix/wasmatrix/permission"
 )
@@ -22,6 +23,9 @@ type Call struct {
 	Operation string
 	// Payload is the encoded request message; valid only during the call.
 	Payload []byte
+	// Permissions are what the instance was granted on this provider, as the serving
+	// side's own directory knows them; empty for a user, who may do everything.
+	Permissions permission.Set
 
 	admission admission
 }
@@ -35,7 +39,8 @@ type Call struct {
 // keeps its data on disk keeps the marks there too.
 type Provider interface {
 	// Invoke serves one call and returns the encoded response message, which
-	// belongs to the caller. Its errors wrap the sentinels of this package.
+	// belongs to the caller. Its errors wrap the sentinels of this package. ctx
+	// ends at the latest some time after the provider was asked to stop.
 	Invoke(ctx context.Context, call Call) ([]byte, error)
 	// Close waits for calls under way, frees everything, and makes later calls
 	// fail with ErrUnavailable.
@@ -52,7 +57,17 @@ type Config struct {
 	Settings map[string]string
 	// Dir is a directory of the provider's own on the node's disk; it may not exist yet.
 	Dir string
+	// StopGrace is how long calls in flight may go on once another configuration
+	// replaces this one; 0 means DefaultStopGrace.
+	StopGrace time.Duration
+	// Node is the id of the node that opens it; empty when not known.
+	Node string
+	// Messages is what a messaging provider gets from its node; nil for other kinds.
+	Messages Messages
 }
+
+// DefaultStopGrace is how long calls in flight may go on when their provider stops.
+const DefaultStopGrace = 10 * time.Second
 
 // Kind knows one type of provider without running one.
 type Kind interface {
@@ -74,4 +89,12 @@ type Kind interface {
 // lost can be sent again. Without it none are.
 type Repeatable interface {
 	Repeatable(operation string) bool
+}
+
+// Overlapping is an optional ability of a Kind: to tell whether a provider may be
+// open with two configurations at the same time, as one may that keeps nothing on
+// its node. An update then opens the new one before it closes the old one, so that
+// no call waits. Without it the old one is closed first.
+type Overlapping interface {
+	Overlapping(old, next Config) bool
 }

@@ -18,10 +18,13 @@ type InstanceRecord struct {
 
 func (r *InstanceRecord) mark() Mark { return Mark{Created: r.Created, Generation: r.Generation} }
 
-// ProviderRecord is where a provider runs.
+// ProviderRecord is where one replica of a provider runs.
 type ProviderRecord struct { //nolint:revive // named like InstanceRecord and NodeRecord
 	// ID is the provider's id.
 	ID string
+	// Replica tells the replicas of one provider apart, from 0. No two of them are
+	// on the same node.
+	Replica uint32
 	// Type is "kv", "http", "messaging" or "external".
 	Type string
 	// Node is the id of the node it is placed on; empty when it is on none.
@@ -43,6 +46,9 @@ type Assignment struct {
 	Permissions permission.Set
 	// Bucket is the key-value bucket that the instance sees.
 	Bucket string
+	// Subscriptions are the subjects that the instance is subscribed to at a
+	// messaging provider. One counts only while a permission covers it.
+	Subscriptions []string
 }
 
 // NodeRecord is where a node's agent listens.

@@ -41,6 +41,9 @@ type RemoteCall struct {
 	Generation, NodeEpoch uint64
 	// Repeatable is true when the operation may be carried out twice.
 	Repeatable bool
+	// Once is true when another replica can take the call, so that this one need not
+	// be tried for long.
+	Once bool
 	// NotAfter is the last moment, on this node's clock, at which the call may
 	// have its effect there; a call that is held up longer is refused.
 	NotAfter time.Duration
@@ -50,12 +53,15 @@ type RemoteCall struct {
 type Remote interface {
 	// Invoke calls the agent at address. Its errors are those of the serving
 	// side, ErrCommunication when it could not be reached or the connection
-	// broke, and ErrTimeout after ctx's deadline.
+	// broke, and ErrTimeout after ctx's deadline. Where nobody answered although
+	// there was time they are marked with Error.OnTheWay.
 	Invoke(ctx context.Context, address string, call RemoteCall) ([]byte, error)
+	// Probe asks the agent at address whether it is there, until ctx ends.
+	Probe(ctx context.Context, address string) error
 }
 
-// RouterConfig is what a Router is made of. All fields but Registerer and
-// SettleWithin are required.
+// RouterConfig is what a Router is made of. Directory, Host, Kinds and Remote are
+// required.
 type RouterConfig struct {
 	// Directory is what this node knows.
 	Directory *Directory
@@ -72,6 +78,9 @@ type RouterConfig struct {
 	// SettleWithin bounds how long the serving side waits for records under way;
 	// 0 means DefaultSettleWithin, negative not at all.
 	SettleWithin time.Duration
+	// Denied, if not nil, is told of every denial that is decided on this node. It
+	// must not block; ctx is the call's.
+	Denied func(ctx context.Context, d Denial)
 }
 
 // Router carries capability calls to the providers that serve them.
@@ -80,6 +89,9 @@ type Router struct {
 	host      *Host
 	kinds     map[string]Kind
 	remote    Remote
+	paths     *paths
+	crew      *crew
+	denied    func(context.Context, Denial)
 	metrics   *metrics
 	clock     Clock
 	settle    time.Duration
@@ -97,6 +109,9 @@ func NewRouter(cfg RouterConfig) (*Router, error) {
 		host:      cfg.Host,
 		kinds:     byType(cfg.Kinds),
 		remote:    cfg.Remote,
+		paths:     newPaths(cfg.Remote),
+		crew:      newCrew(),
+		denied:    cfg.Denied,
 		metrics:   m,
 		clock:     cfg.Clock,
 		settle:    cfg.SettleWithin,
@@ -124,15 +139,21 @@ func (r *Router) Port(instance string, generation, nodeEpoch uint64) *Port {
 // answer belongs to the caller. Its errors wrap the sentinels of this package.
 func (p *Port) Call(ctx context.Context, capability, operation string, payload []byte) ([]byte, error) {
 	start := time.Now()
-	answer, err := p.call(ctx, capability, operation, payload)
+	counters := p.router.metrics.of(capability, operation)
+	answer, err := p.call(ctx, capability, operation, payload, counters != nil)
+	if counters == nil { // it was learnt just now, or never will be
+		counters = p.router.metrics.of(capability, operation)
+	}
 	if err != nil {
+		p.router.noteDenial(ctx, sideCaller, capability, operation, err)
 		err = p.router.complete(ctx, err)
 	}
-	p.router.metrics.observe(p.router.metrics.of(capability, operation), time.Since(start), err)
+	p.router.metrics.observe(counters, time.Since(start), err)
 	return answer, err
 }
 
-func (p *Port) call(ctx context.Context, capability, operation string, payload []byte) ([]byte, error) {
+// call is Call without counting; known says that the operation is in the metrics.
+func (p *Port) call(ctx context.Context, capability, operation string, payload []byte, known bool) ([]byte, error) {
 	r := p.router
 	kind, ok := r.kinds[capability]
 	if !ok {
@@ -143,7 +164,7 @@ func (p *Port) call(ctx context.Context, capability, operation string, payload [
 	if err != nil {
 		return nil, err
 	}
-	need, err := r.need(kind, operation, payload)
+	need, err := r.need(kind, operation, payload, known)
 	if err != nil {
 		return nil, err
 	}
@@ -160,34 +181,45 @@ func (p *Port) call(ctx context.Context, capability, operation string, payload [
 	if target == "" {
 		target = f.Assignment.Provider
 	}
+	need = of(need, target)
 	grant, err := Decide(&f, &p.caller, target, need)
 	if err != nil {
 		return nil, err
 	}
+	call := Call{
+		Instance: p.caller.Instance, Name: grant.Name, Generation: p.caller.Generation, Created: f.Instance.Created,
+		Bucket: grant.Bucket, Operation: operation, Payload: payload, Permissions: f.Assignment.Permissions,
+		admission: admission{router: r, seen: f.Turn, node: p.caller.Node, port: p},
+	}
 	if f.Provider.Node == p.caller.Node {
-		return r.host.Invoke(ctx, target, capability, Call{
-			Instance: p.caller.Instance, Name: grant.Name, Generation: p.caller.Generation, Created: f.Instance.Created,
-			Bucket: grant.Bucket, Operation: operation, Payload: payload,
-			admission: admission{router: r, seen: f.Turn, node: p.caller.Node, port: p},
-		})
+		answer, err := r.host.Invoke(ctx, target, capability, call)
+		if err == nil || len(f.Replicas) < 2 || !elsewhere(err, repeatable(kind, operation)) {
+			return answer, err
+		}
+		return p.callAway(ctx, &f, kind, call, err)
 	}
-	if err := reachable(&f); err != nil {
-		return nil, err
+	return p.callAway(ctx, &f, kind, call, nil)
+}
+
+// of completes a need of an external provider: its resource is the provider, which
+// a request that names none does not tell.
+func of(need permission.Need, provider string) permission.Need {
+	if need.Capability == permission.Provider {
+		need.Resource = provider
 	}
-	repeatable, _ := kind.(Repeatable)
-	call := RemoteCall{
-		Provider: target, Capability: capability, Operation: operation, Payload: payload, Node: f.Provider.Node,
-		Instance: p.caller.Instance, Generation: p.caller.Generation, NodeEpoch: p.caller.NodeEpoch,
-		Repeatable: repeatable != nil && repeatable.Repeatable(operation),
-	}
-	return p.callRemote(ctx, f.Address, call)
+	return need
+}
+
+func repeatable(kind Kind, operation string) bool {
+	k, able := kind.(Repeatable)
+	return able && k.Repeatable(operation)
 }
 
 // Now reads the clock that calls are limited by.
 func (r *Router) Now() time.Duration { return r.clock() }
 
-// need asks the kind, and learns the operation for the metrics.
-func (r *Router) need(kind Kind, operation string, payload []byte) (permission.Need, error) {
+// need asks the kind, and learns an operation that is not known yet for the metrics.
+func (r *Router) need(kind Kind, operation string, payload []byte, known bool) (permission.Need, error) {
 	need, err := kind.Need(operation, payload)
 	if err != nil {
 		return permission.Need{}, err
@@ -195,7 +227,7 @@ func (r *Router) need(kind Kind, operation string, payload []byte) (permission.N
 	if need.Capability != kind.Type() {
 		return permission.Need{}, Errorf(ErrInternal, "capability %s asked for a permission of %q", kind.Type(), need.Capability)
 	}
-	if r.metrics.of(need.Capability, operation) == nil {
+	if !known {
 		r.metrics.learn(need.Capability, operation)
 	}
 	return need, nil
@@ -209,7 +241,7 @@ func (r *Router) refuseChoice(f *Facts, c *Caller, need permission.Need) error {
 	if f.Candidates == 0 {
 		return Errorf(ErrDenied, "%s was not granted any %s provider", f.Instance.Name, need.Capability).
 			With("instance", c.Instance).With("need", need.String()).
-			NextStep("%s", grantStep(f.Instance.Name, permission.Set{}, need, ""))
+			NextStep("%s", grantStep(f.Instance.Name, permission.Set{}, need, "")).denied(f.Instance, "", need)
 	}
 	ids := strings.Join(r.directory.granted(c.Instance, need.Capability), ", ")
 	return Errorf(ErrInvalid, "%s was granted several %s providers; the call must name one of %s", f.Instance.Name, need.Capability, ids).
@@ -217,9 +249,8 @@ func (r *Router) refuseChoice(f *Facts, c *Caller, need permission.Need) error {
 		NextStep("set the request's provider field to one of %s", ids)
 }
 
-// reachable refuses a provider of another node that cannot take a call now.
-func reachable(f *Facts) error {
-	p := f.Provider
+// reachable refuses a replica of another node that cannot take a call now.
+func reachable(p *ProviderRecord, address string) error {
 	switch {
 	case p.Node == "":
 		return unavailable(p.ID, "it is placed on no node")
@@ -229,7 +260,7 @@ func reachable(f *Facts) error {
 			state = "not running"
 		}
 		return unavailable(p.ID, "it is "+state).With("state", state).With("node", p.Node)
-	case f.Address == "":
+	case address == "":
 		return unavailable(p.ID, "the address of node "+p.Node+" is not known here").With("node", p.Node)
 	default:
 		return nil

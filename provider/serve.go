@@ -27,6 +27,7 @@ type Request struct {
 func (r *Router) Serve(ctx context.Context, caller Caller, req Request) ([]byte, error) {
 	answer, err := r.serve(ctx, &caller, &req)
 	if err != nil {
+		r.noteDenial(ctx, sideProvider, req.Capability, req.Operation, err)
 		err = r.complete(ctx, err)
 	}
 	capability, operation := unknown, unknown
@@ -50,11 +51,11 @@ func (r *Router) serve(ctx context.Context, caller *Caller, req *Request) ([]byt
 	if req.Provider == "" || target != "" && target != req.Provider {
 		return nil, Errorf(ErrInvalid, "the call is for provider %q and its payload for %q", req.Provider, target)
 	}
-	need, err := r.need(kind, req.Operation, req.Payload)
+	need, err := r.need(kind, req.Operation, req.Payload, r.metrics.of(req.Capability, req.Operation) != nil)
 	if err != nil {
 		return nil, err
 	}
-	f, grant, err := r.decideHere(ctx, caller, req.Provider, need)
+	f, grant, err := r.decideHere(ctx, caller, req.Provider, of(need, req.Provider))
 	if err != nil {
 		return nil, err
 	}
@@ -63,7 +64,7 @@ func (r *Router) serve(ctx context.Context, caller *Caller, req *Request) ([]byt
 		Bucket: grant.Bucket, Operation: req.Operation, Payload: req.Payload,
 	}
 	if caller.Instance != "" {
-		call.Created = f.Instance.Created
+		call.Created, call.Permissions = f.Instance.Created, f.Assignment.Permissions
 		call.admission = admission{router: r, seen: f.Turn, node: caller.Node, notAfter: caller.NotAfter}
 	}
 	return r.host.Invoke(ctx, req.Provider, req.Capability, call)

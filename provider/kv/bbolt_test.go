@@ -400,7 +400,7 @@ func TestSettingsAreChecked(t *testing.T) {
 		settings map[string]string
 		mentions string
 	}{
-		{"redis-typo", nil, `no driver "redis-typo"; expected bbolt or memory`},
+		{"redis-typo", nil, `no driver "redis-typo"; expected bbolt, memory, redis or nats`},
 		{"bbolt", map[string]string{"fsnyc": "false"}, "has no setting fsnyc; expected fsync, verify, max_bytes"},
 		{"bbolt", map[string]string{"fsync": "no"}, `fsync of kv driver bbolt is "no"; expected true, false`},
 		{"bbolt", map[string]string{"verify": "maybe"}, "expected auto, always, never"},

@@ -80,7 +80,7 @@ func (k *Kind) Repeatable(operation string) bool { return operation == opGet || 
 // Open opens a provider. Its errors are ErrInvalid for a wrong driver or
 // setting, ErrUnavailable when another process has the file open, ErrExhausted
 // on a full disk, and ErrInternal for a damaged file.
-func (k *Kind) Open(_ context.Context, cfg provider.Config) (provider.Provider, error) {
+func (k *Kind) Open(ctx context.Context, cfg provider.Config) (provider.Provider, error) {
 	var s store
 	var err error
 	switch cfg.Driver {
@@ -94,8 +94,18 @@ func (k *Kind) Open(_ context.Context, cfg provider.Config) (provider.Provider, 
 		if limit, err = memorySettings(cfg); err == nil {
 			s = newMemory(limit)
 		}
+	case "redis":
+		var o redisOptions
+		if o, err = redisSettings(cfg); err == nil {
+			s, err = openRedis(ctx, &o)
+		}
+	case "nats":
+		var o natsOptions
+		if o, err = natsSettings(cfg, k.log.With("provider", cfg.ID)); err == nil {
+			s, err = openNats(ctx, &o)
+		}
 	default:
-		err = provider.Errorf(provider.ErrInvalid, "kv has no driver %q; expected bbolt or memory", cfg.Driver).
+		err = provider.Errorf(provider.ErrInvalid, "kv has no driver %q; expected bbolt, memory, redis or nats", cfg.Driver).
 			With("driver", cfg.Driver)
 	}
 	if err != nil {

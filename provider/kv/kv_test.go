@@ -52,7 +52,9 @@ func TestBboltWithSyncConforms(t *testing.T) {
 	})
 }
 
-func payload(t *testing.T, m proto.Message) []byte {
+func payload(t *testing.T, m proto.Message) []byte { return encoded(t, m) }
+
+func encoded(t testing.TB, m proto.Message) []byte {
 	t.Helper()
 	b, err := proto.Marshal(m)
 	if err != nil {

@@ -3,6 +3,8 @@ package providertest
 import (
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"sync"
 	"testing"
 
@@ -82,21 +84,19 @@ func testGenerationsRace(t *testing.T, f *fixture) {
 	}
 	wg.Wait()
 	byVersion := map[uint64]byte{}
-	last := uint64(0)
 	for cursor := []byte(nil); ; {
 		page := f.list(&pb.KvListRequest{Prefix: []byte("effect/"), Limit: 1000, Cursor: cursor})
 		for _, e := range page.GetEntries() {
 			byVersion[e.GetVersion()] = e.GetValue()[0]
-			last = max(last, e.GetVersion())
 		}
 		if cursor = page.GetNextCursor(); len(cursor) == 0 {
 			break
 		}
 	}
 	newest := byte(0)
-	for v := range last + 1 {
-		g, ok := byVersion[v]
-		if ok && g < newest {
+	for _, v := range slices.Sorted(maps.Keys(byVersion)) {
+		g := byVersion[v]
+		if g < newest {
 			t.Fatalf("generation %d was let in at version %d, after %d", g+1, v, newest+1)
 		}
 		newest = max(newest, g)

@@ -5,6 +5,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -30,6 +32,8 @@ func KV(t *testing.T, open OpenKV) {
 		{"what was set is got", testSetGet},
 		{"any byte is allowed in keys and values", testAnyByte},
 		{"the limits of a request hold", testLimits},
+		{"values of every size replace one another", testSizes},
+		{"the longest names work everywhere", testLongest},
 		{"a deleted key is gone", testDelete},
 		{"versions grow and never repeat", testVersions},
 		{"cas stores only over the expected version", testCas},
@@ -241,6 +245,54 @@ func testLimits(t *testing.T, f *fixture) {
 	for _, bucket := range []string{"", string(bytes.Repeat([]byte("b"), 129))} {
 		if err := f.in(bucket).try("get", &pb.KvGetRequest{Key: []byte("k")}, &pb.KvGetResponse{}); !errors.Is(err, provider.ErrInvalid) {
 			t.Errorf("bucket of %d bytes: %v, want ErrInvalid", len(bucket), err)
+		}
+	}
+}
+
+// testSizes goes through sizes where a driver may change how it stores a value.
+func testSizes(t *testing.T, f *fixture) {
+	const most = 1 << 20
+	sizes := []int{most, 0, most - 1, 1, most / 2, most - 100, most - 1024, 4096, most - 4096, most, most, 0}
+	for i, size := range sizes {
+		value := string(bytes.Repeat([]byte{byte(i), 0, 0xff}, size/3+1)[:size])
+		version := f.set("k", value, 0)
+		got := f.get("k")
+		if string(got.GetValue()) != value || got.GetVersion() != version {
+			t.Fatalf("a value of %d bytes was got as %d bytes at version %d, want %d", size, len(got.GetValue()), got.GetVersion(), version)
+		}
+		entries := f.list(&pb.KvListRequest{}).GetEntries()
+		if len(entries) != 1 || string(entries[0].GetValue()) != value || entries[0].GetVersion() != version {
+			t.Fatalf("a value of %d bytes is not listed as it is", size)
+		}
+		if i%3 == 0 && !f.del("k") {
+			t.Fatal("the key did not exist")
+		}
+	}
+}
+
+// testLongest uses the longest bucket and keys, of bytes that encodings dislike.
+func testLongest(t *testing.T, f *fixture) {
+	for _, fill := range []string{"\x00", "\xff", ".", "}", "{", "*", ">", "%", " ", "\r\n"} {
+		g := f.in(strings.Repeat(fill, 128/len(fill)))
+		long := strings.Repeat(fill, 1024/len(fill))
+		v := g.set(long, "v", 0)
+		if swapped, _ := g.cas(long, v, "w"); !swapped {
+			t.Errorf("%q: cas over the version failed", fill)
+		}
+		g.wantValue(long, "w")
+		g.set(long[:1023], "other", time.Hour)
+		want := []string{long[:1023], long}
+		if got := keys(g.list(&pb.KvListRequest{Prefix: []byte(long[:1022])})); !slices.Equal(got, want) {
+			t.Errorf("%q: %d keys are listed, want 2", fill, len(got))
+		}
+		if got := keys(g.list(&pb.KvListRequest{Prefix: []byte(long)})); !slices.Equal(got, want[1:]) {
+			t.Errorf("%q: %d keys are listed by the longest prefix, want 1", fill, len(got))
+		}
+		if got := keys(g.list(&pb.KvListRequest{Cursor: []byte(long[:1023])})); !slices.Equal(got, want[1:]) {
+			t.Errorf("%q: %d keys are listed behind the first, want 1", fill, len(got))
+		}
+		if !g.del(long) || g.del(long) {
+			t.Errorf("%q: delete did not find the key once", fill)
 		}
 	}
 }

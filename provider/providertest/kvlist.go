@@ -174,6 +174,17 @@ func testBuckets(t *testing.T, f *fixture) {
 		{"a.b", "c"},
 		{"a", ".bc"},
 		{"A", "c"},
+		{"{a}", "c"},
+		{"a}", "c"},
+		{"}", "c"},
+		{"a}:data", "c"},
+		{"%61", "c"},
+		{"1:a", "c"},
+		{"c5", "c"},
+		{" ", "c"},
+		{">", "c"},
+		{"\xff", "c"},
+		{"\xc3\xbf", "c"},
 		{strings.Repeat("b", 128), "c"},
 	}
 	for i, p := range pairs {

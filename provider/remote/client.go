@@ -7,6 +7,7 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
@@ -15,6 +16,10 @@ import (
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
 	"github.com/wasmatrix/wasmatrix/provider"
 )
+
+// connectPatience is how long a call waits for a connection when another replica
+// could take it.
+const connectPatience = time.Second
 
 // Client calls providers of other nodes. It implements provider.Remote and is
 // safe for concurrent use. It owns no connections.
@@ -60,6 +65,9 @@ func (c *Client) Invoke(ctx context.Context, address string, call provider.Remot
 		Payload:    call.Payload,
 	}
 	ctx = withCorrelation(ctx)
+	if call.Once && !hurry(ctx, conn) {
+		return nil, unreachable(&call, address, errors.New("there is no connection yet"))
+	}
 	for attempt := 0; ; attempt++ {
 		var server peer.Peer // is set once the call has a connection to go out on
 		err := c.clocks.limit(ctx, agent, address, caller, call.NotAfter)
@@ -80,11 +88,46 @@ func (c *Client) Invoke(ctx context.Context, address string, call provider.Remot
 			}
 			return nil, failure
 		}
-		again := status.Code(err) == codes.Unavailable && (!sent || call.Repeatable) && attempt < len(c.delays)
+		again := status.Code(err) == codes.Unavailable && (!sent || call.Repeatable) && !call.Once && attempt < len(c.delays)
 		if !again || !wait(ctx, c.delays[attempt]) {
 			return nil, broken(ctx, err, &call, address, sent)
 		}
 	}
+}
+
+// Probe reads the clock of the agent at address.
+func (c *Client) Probe(ctx context.Context, address string) error {
+	conn, err := c.conn(address)
+	if err != nil {
+		return err
+	}
+	if known, ok := conn.(*grpc.ClientConn); ok {
+		known.ResetConnectBackoff() // it waits by itself for as long as we did
+	}
+	resp, err := pb.NewNodeAgentServiceClient(conn).ReadClock(ctx, &pb.ReadClockRequest{}, grpc.WaitForReady(true))
+	if err != nil {
+		return errors.New(status.Convert(err).Message())
+	}
+	c.clocks.learn(address, resp.GetClock())
+	return nil
+}
+
+// hurry waits for a connection, but not for long: a node that is gone without a
+// word would hold the call up until its deadline, and there is another to ask.
+func hurry(ctx context.Context, conn grpc.ClientConnInterface) bool {
+	known, ok := conn.(*grpc.ClientConn)
+	if !ok || known.GetState() == connectivity.Ready {
+		return true
+	}
+	bounded, cancel := context.WithTimeout(ctx, connectPatience)
+	defer cancel()
+	known.Connect()
+	for state := known.GetState(); state == connectivity.Idle || state == connectivity.Connecting; state = known.GetState() {
+		if !known.WaitForStateChange(bounded, state) {
+			return false
+		}
+	}
+	return true // ready, or known to fail
 }
 
 // otherClock reports whether a call was refused because its limit is of a clock
@@ -133,6 +176,9 @@ func broken(ctx context.Context, err error, call *provider.RemoteCall, address s
 	switch status.Code(err) {
 	case codes.DeadlineExceeded:
 		out = provider.Errorf(provider.ErrTimeout, "node %s did not answer before the deadline", call.Node)
+		if !sent {
+			out = out.OnTheWay() // otherwise the operation may just take long
+		}
 	case codes.Unavailable, codes.Canceled:
 		out = unreachable(call, address, errors.New(status.Convert(err).Message()))
 		if ended := provider.FromContext(ctx); ended != nil && errors.As(ended, &out) {
@@ -143,7 +189,7 @@ func broken(ctx context.Context, err error, call *provider.RemoteCall, address s
 	}
 	out = out.With("node", call.Node).With("address", address).With("provider", call.Provider).Because(err)
 	if sent && !call.Repeatable {
-		out = out.With("outcome", "unknown")
+		out = out.With(provider.DetailOutcome, provider.OutcomeUnknown)
 	}
 	return out
 }
@@ -151,5 +197,5 @@ func broken(ctx context.Context, err error, call *provider.RemoteCall, address s
 func unreachable(call *provider.RemoteCall, address string, err error) *provider.Error {
 	return provider.Errorf(provider.ErrCommunication, "node %s at %s could not be reached: %s", call.Node, address, err).
 		With("node", call.Node).With("address", address).With("provider", call.Provider).
-		NextStep("wasmatrix node list").Because(err)
+		NextStep("wasmatrix node list").Because(err).OnTheWay()
 }

@@ -20,7 +20,10 @@ import (
 	"github.com/wasmatrix/wasmatrix/internal/faults"
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
 	"github.com/wasmatrix/wasmatrix/provider"
+	"github.com/wasmatrix/wasmatrix/provider/external"
 	"github.com/wasmatrix/wasmatrix/provider/kv"
+	"github.com/wasmatrix/wasmatrix/provider/messaging"
+	"github.com/wasmatrix/wasmatrix/provider/outbound"
 	"github.com/wasmatrix/wasmatrix/quantity"
 	"github.com/wasmatrix/wasmatrix/rpc"
 	"github.com/wasmatrix/wasmatrix/runtime"
@@ -74,6 +77,10 @@ func newAgentProcess(ctx context.Context, cfg Config, log *slog.Logger) (_ *agen
 	if err != nil {
 		return nil, err
 	}
+	kinds, err := providerKinds(a.log, a.metrics)
+	if err != nil {
+		return nil, errors.Join(err, a.runtime.Close(ctx))
+	}
 	a.agent, err = agent.New(agent.Config{
 		Node: &pb.NodeInfo{
 			Id: cfg.Node.Name, AgentAddress: cfg.AgentAddress(), Labels: cfg.Node.Labels, Version: Version, Platform: platform(),
@@ -81,7 +88,7 @@ func newAgentProcess(ctx context.Context, cfg Config, log *slog.Logger) (_ *agen
 		},
 		DataDir: dir, Peers: cfg.Join.APIPeers, Providers: providerSpecs(cfg.Providers), Standalone: cfg.Node.Role == RoleStandalone,
 		Runtimes: map[string]runtime.Runtime{a.runtime.Name(): a.runtime}, DefaultRuntime: cfg.Runtime.Default,
-		Kinds:  providerKinds(),
+		Kinds:  kinds,
 		Conn:   func(address string) (grpc.ClientConnInterface, error) { return a.pool.Conn(address) },
 		Logger: a.log, Registerer: a.metrics,
 	})
@@ -96,9 +103,16 @@ func newAgentProcess(ctx context.Context, cfg Config, log *slog.Logger) (_ *agen
 }
 
 // providerKinds are the types of provider that this binary can host.
-func providerKinds() map[string]provider.Kind {
-	k := kv.New(kv.Options{})
-	return map[string]provider.Kind{k.Type(): k}
+func providerKinds(log *slog.Logger, metrics prometheus.Registerer) (map[string]provider.Kind, error) {
+	messages, err := messaging.New(messaging.Options{Log: log, Registerer: metrics})
+	if err != nil {
+		return nil, err
+	}
+	kinds := map[string]provider.Kind{messages.Type(): messages}
+	for _, k := range []provider.Kind{kv.New(kv.Options{}), outbound.New(outbound.Options{}), external.New(external.Options{})} {
+		kinds[k.Type()] = k
+	}
+	return kinds, nil
 }
 
 func providerSpecs(declared []ProviderConfig) []*pb.ProviderSpec {
