@@ -4,7 +4,8 @@ GO ?= go
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 LDFLAGS := -s -w -X github.com/wasmatrix/wasmatrix/cmd/wasmatrix/node.Version=$(VERSION)
 BIN := build/wasmatrix
-GUESTS := build/guests/hello.wasm build/guests/wordcount.wasm
+REACTORS := $(addprefix build/guests/,hello.wasm greeter.wasm orders.wasm)
+GUESTS := $(REACTORS) build/guests/wordcount.wasm
 GUEST_SOURCES := $(shell find guest/go -name '*.go' -not -name '*_test.go' 2>/dev/null) guest/go/go.mod
 TOOLS := build/tools
 BUF := $(TOOLS)/buf
@@ -33,9 +34,9 @@ build: ## build the binary into build/wasmatrix
 .PHONY: guests
 guests: $(GUESTS) ## build the example guests into build/guests
 
-build/guests/hello.wasm: $(GUEST_SOURCES)
+$(REACTORS): build/guests/%.wasm: $(GUEST_SOURCES)
 	@mkdir -p $(@D)
-	cd guest/go && GOOS=wasip1 GOARCH=wasm $(GO) build -trimpath -ldflags '-s -w' -buildmode=c-shared -o ../../$@ ./examples/hello
+	cd guest/go && GOOS=wasip1 GOARCH=wasm $(GO) build -trimpath -ldflags '-s -w' -buildmode=c-shared -o ../../$@ ./examples/$*
 
 build/guests/wordcount.wasm: $(GUEST_SOURCES)
 	@mkdir -p $(@D)
@@ -73,6 +74,11 @@ planted: ## the simulation must find every planted bug
 ROUNDS ?= 4
 chaos: build guests ## histories of real processes under faults, checked for linearizability: ROUNDS=50
 	$(ON_BINARY) $(GO) test -v -count=1 -timeout 0 ./test/chaos -args -rounds $(ROUNDS)
+
+.PHONY: capability
+capability: build guests ## providers stopped, updated, drained and killed under load, revocations, messages: ROUNDS=50 MESSAGES=100000
+	$(if $(MESSAGES),WASMATRIX_MESSAGES=$(MESSAGES)) WASMATRIX_REVOKE_ROUNDS=$(ROUNDS) \
+	  $(ON_BINARY) $(GO) test -v -count=1 -timeout 60m ./test/capability
 
 .PHONY: corruption
 FLIPS ?= 200

@@ -33,6 +33,9 @@ step "guest SDK"
 step "end-to-end tests on the built binary"
 make --no-print-directory e2e
 
+step "capabilities: providers stopped, updated, drained and killed under load, revocations, messages"
+make --no-print-directory capability
+
 step "damaged files, failing and full disks, lost quorum"
 make --no-print-directory corruption
 

@@ -33,9 +33,9 @@ func newDevCommand(env cli.Env) *cobra.Command {
 		Use:   "dev",
 		Short: "run a whole cluster on this machine: real processes, loopback only, throw-away CA",
 		Long: `Starts a cluster of real processes on loopback under a CA of its own, writes a
-client context so that every other command finds it, and runs until Ctrl-C. A
-key-value provider "kv" is there from the start. "wasmatrix chaos" breaks the
-cluster on purpose while it runs.
+client context so that every other command finds it, and runs until Ctrl-C.
+Providers are there from the start: "kv" for key-value, "bus" for messages, "web"
+for outbound HTTP. "wasmatrix chaos" breaks the cluster on purpose while it runs.
 
 Without --persist everything is gone afterwards.`,
 		Example: "  wasmatrix dev --nodes 3\n  wasmatrix dev --nodes 3 --persist ./cluster --port-base 8400",

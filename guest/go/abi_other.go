@@ -10,6 +10,11 @@ func noHost(_ unsafe.Pointer, _ uint32, _ unsafe.Pointer, _ uint32) uint64 {
 	return uint64(Unavailable) << 32
 }
 
-var kvGet, kvSet, kvDelete, kvList, kvCas, logWrite, contextGet hostCall = noHost, noHost, noHost, noHost, noHost, noHost, noHost
+var (
+	kvGet, kvSet, kvDelete, kvList, kvCas                hostCall = noHost, noHost, noHost, noHost, noHost
+	httpRequest, providerCall, logWrite, contextGet      hostCall = noHost, noHost, noHost, noHost
+	msgPublish, msgRequest, msgSubscribe, msgUnsubscribe hostCall = noHost, noHost, noHost, noHost
+)
 
-func resultRead(unsafe.Pointer, uint32) uint32 { return 0 }
+// resultRead fetches an answer that did not fit; without a host there is none.
+var resultRead = func(unsafe.Pointer, uint32) uint32 { return 0 }

@@ -5,6 +5,8 @@ import (
 	"fmt"
 
 	"google.golang.org/protobuf/encoding/protowire"
+
+	"github.com/wasmatrix/wasmatrix/guest/go/internal/wire"
 )
 
 // Code says what kind of failure an Error is. The numbers are those of
@@ -37,9 +39,12 @@ type Error struct {
 	Code Code
 	// Message says what failed.
 	Message string
+	// Details tell the state that was found; nil when there is nothing to tell.
+	// "outcome" is "unknown" when the call may have had its effect all the same.
+	Details map[string]string
 }
 
-// Error returns the message and the code.
+// Error returns the message, or the code when there is none.
 func (e *Error) Error() string {
 	if e.Message == "" {
 		return fmt.Sprintf("capability call failed with code %d", e.Code)
@@ -52,21 +57,31 @@ func Errorf(code Code, format string, args ...any) *Error {
 	return &Error{Code: code, Message: fmt.Sprintf(format, args...)}
 }
 
+// CodeOf returns the code of the *Error that err is or wraps, and 0 for any
+// other error.
+func CodeOf(err error) Code {
+	var own *Error
+	if errors.As(err, &own) {
+		return own.Code
+	}
+	return 0
+}
+
+// decodeError reads what the host says about a failure. The code is known
+// without it, so that a malformed text loses only the text.
 func decodeError(code Code, b []byte) error {
 	e := &Error{Code: code}
-	_ = fields(b, func(n protowire.Number, v value) {
-		if n == 2 {
-			e.Message = string(v.bytes)
+	_ = wire.Fields(b, func(n protowire.Number, v wire.Value) {
+		switch n {
+		case 2:
+			e.Message = string(v.Bytes)
+		case 3:
+			key, text, _ := wire.Pair(v.Bytes)
+			if e.Details == nil {
+				e.Details = map[string]string{}
+			}
+			e.Details[key] = text
 		}
 	})
 	return e
-}
-
-func encodeError(err error) []byte {
-	var own *Error
-	if !errors.As(err, &own) {
-		own = &Error{Code: Internal}
-	}
-	b := appendUint(nil, 1, uint64(own.Code))
-	return appendBytes(b, 2, []byte(err.Error()))
 }

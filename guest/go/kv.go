@@ -4,6 +4,8 @@ import (
 	"time"
 
 	"google.golang.org/protobuf/encoding/protowire"
+
+	"github.com/wasmatrix/wasmatrix/guest/go/internal/wire"
 )
 
 // KV is a key-value provider as this instance may use it. The zero value is the
@@ -43,19 +45,19 @@ type ListOptions struct {
 
 // Get returns the value of key and its version, or ErrNotFound. It needs kv:read.
 func (kv KV) Get(key string) (val []byte, version uint64, err error) {
-	out, err := call(kvGet, appendString(kv.request(), 2, key))
+	out, err := call(kvGet, wire.AppendString(kv.request(), 2, key))
 	if err != nil {
 		return nil, 0, err
 	}
 	found := false
-	err = fields(out, func(n protowire.Number, v value) {
+	err = wire.Fields(out, func(n protowire.Number, v wire.Value) {
 		switch n {
 		case 1:
-			found = v.number != 0
+			found = v.Number != 0
 		case 2:
-			val = v.bytes
+			val = v.Bytes
 		case 3:
-			version = v.number
+			version = v.Number
 		}
 	})
 	if err == nil && !found {
@@ -64,43 +66,45 @@ func (kv KV) Get(key string) (val []byte, version uint64, err error) {
 	return val, version, err
 }
 
-// Set stores a value of at most 1 MiB and returns the key's new version. A ttl
-// of 0 means that the key never vanishes. It needs kv:write.
+// Set stores a value of at most 1 MiB and returns the key's new version. The key
+// vanishes after ttl, in whole milliseconds; 0 means never. It needs kv:write.
 func (kv KV) Set(key string, val []byte, ttl time.Duration) (version uint64, err error) {
-	b := appendString(kv.request(), 2, key)
-	b = appendUint(appendBytes(b, 3, val), 4, uint64(ttl.Milliseconds()))
+	b := wire.AppendString(kv.request(), 2, key)
+	b = wire.AppendUint(wire.AppendBytes(b, 3, val), 4, wire.Milliseconds(ttl))
 	out, err := call(kvSet, b)
 	if err != nil {
 		return 0, err
 	}
-	return version, fields(out, func(_ protowire.Number, v value) { version = v.number })
+	err = wire.Fields(out, func(_ protowire.Number, v wire.Value) { version = v.Number })
+	return version, err
 }
 
 // Delete removes key and reports whether it existed. It needs kv:delete.
 func (kv KV) Delete(key string) (existed bool, err error) {
-	out, err := call(kvDelete, appendString(kv.request(), 2, key))
+	out, err := call(kvDelete, wire.AppendString(kv.request(), 2, key))
 	if err != nil {
 		return false, err
 	}
-	return existed, fields(out, func(_ protowire.Number, v value) { existed = v.number != 0 })
+	err = wire.Fields(out, func(_ protowire.Number, v wire.Value) { existed = v.Number != 0 })
+	return existed, err
 }
 
 // CompareAndSet stores a value if the key's version is still expected; 0 means
 // that the key must not exist. It returns whether it was stored and the key's
 // version now. It needs kv:write.
 func (kv KV) CompareAndSet(key string, expected uint64, val []byte, ttl time.Duration) (swapped bool, version uint64, err error) {
-	b := appendUint(appendString(kv.request(), 2, key), 3, expected)
-	b = appendUint(appendBytes(b, 4, val), 5, uint64(ttl.Milliseconds()))
+	b := wire.AppendUint(wire.AppendString(kv.request(), 2, key), 3, expected)
+	b = wire.AppendUint(wire.AppendBytes(b, 4, val), 5, wire.Milliseconds(ttl))
 	out, err := call(kvCas, b)
 	if err != nil {
 		return false, 0, err
 	}
-	err = fields(out, func(n protowire.Number, v value) {
+	err = wire.Fields(out, func(n protowire.Number, v wire.Value) {
 		switch n {
 		case 1:
-			swapped = v.number != 0
+			swapped = v.Number != 0
 		case 2:
-			version = v.number
+			version = v.Number
 		}
 	})
 	return swapped, version, err
@@ -108,27 +112,24 @@ func (kv KV) CompareAndSet(key string, expected uint64, val []byte, ttl time.Dur
 
 // List returns the keys that start with prefix, page by page. It needs kv:read.
 func (kv KV) List(prefix string, opt ListOptions) (Page, error) {
-	b := appendUint(appendString(kv.request(), 2, prefix), 3, uint64(opt.Limit))
-	b = appendBytes(b, 4, opt.Cursor)
-	if opt.KeysOnly {
-		b = appendUint(b, 5, 1)
-	}
-	out, err := call(kvList, b)
+	b := wire.AppendUint(wire.AppendString(kv.request(), 2, prefix), 3, uint64(opt.Limit))
+	b = wire.AppendBytes(b, 4, opt.Cursor)
+	out, err := call(kvList, wire.AppendBool(b, 5, opt.KeysOnly))
 	if err != nil {
 		return Page{}, err
 	}
 	var page Page
 	var bad error
-	err = fields(out, func(n protowire.Number, v value) {
+	err = wire.Fields(out, func(n protowire.Number, v wire.Value) {
 		switch n {
 		case 1:
-			e, err := decodeEntry(v.bytes)
+			e, err := decodeEntry(v.Bytes)
 			if err != nil {
 				bad = err
 			}
 			page.Entries = append(page.Entries, e)
 		case 2:
-			page.Cursor = v.bytes
+			page.Cursor = v.Bytes
 		}
 	})
 	if bad != nil {
@@ -137,17 +138,17 @@ func (kv KV) List(prefix string, opt ListOptions) (Page, error) {
 	return page, err
 }
 
-func (kv KV) request() []byte { return appendString(nil, 1, kv.Provider) }
+func (kv KV) request() []byte { return wire.AppendString(nil, 1, kv.Provider) }
 
 func decodeEntry(b []byte) (e Entry, err error) {
-	err = fields(b, func(n protowire.Number, v value) {
+	err = wire.Fields(b, func(n protowire.Number, v wire.Value) {
 		switch n {
 		case 1:
-			e.Key = string(v.bytes)
+			e.Key = string(v.Bytes)
 		case 2:
-			e.Value = v.bytes
+			e.Value = v.Bytes
 		case 3:
-			e.Version = v.number
+			e.Version = v.Number
 		}
 	})
 	return e, err

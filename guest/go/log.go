@@ -3,6 +3,8 @@ package wasmatrix
 import (
 	"context"
 	"log/slog"
+
+	"github.com/wasmatrix/wasmatrix/guest/go/internal/wire"
 )
 
 // LogHandler is a slog.Handler that writes to the instance's log, where
@@ -37,8 +39,8 @@ func (h LogHandler) WithGroup(name string) slog.Handler {
 
 // Handle writes one line.
 func (h LogHandler) Handle(_ context.Context, r slog.Record) error {
-	b := appendUint(nil, 1, uint64(level(r.Level)))
-	b = appendString(b, 2, r.Message)
+	b := wire.AppendUint(nil, 1, uint64(level(r.Level)))
+	b = wire.AppendString(b, 2, r.Message)
 	for _, a := range h.attrs {
 		b = appendAttr(b, a)
 	}
@@ -55,8 +57,7 @@ func (h LogHandler) Handle(_ context.Context, r slog.Record) error {
 func Logger() *slog.Logger { return slog.New(LogHandler{}) }
 
 func appendAttr(b []byte, a slog.Attr) []byte {
-	entry := appendString(nil, 1, a.Key)
-	return appendBytes(b, 3, appendString(entry, 2, a.Value.String()))
+	return wire.AppendPair(b, 3, a.Key, a.Value.String())
 }
 
 // level maps slog's levels to those of wasmatrix.v1.LogLevel.

@@ -15,6 +15,7 @@ import (
 // Kind is what an operation does to the record of its key.
 type Kind int
 
+// The operations.
 const (
 	Get    Kind = iota // the present record
 	Create             // makes the record, refused with Exists
@@ -28,16 +29,14 @@ func (k Kind) String() string { return [...]string{"get", "create", "update", "r
 // Outcome is what the caller of an operation was told.
 type Outcome int
 
+// The outcomes. One that failed was not done and never will be; it has no place
+// in the history.
 const (
-	Done Outcome = iota // it was done; of a get: there is a record
-	// Exists: refused, because the key has a record.
-	Exists
-	// Absent: refused, because the key has none; of a get: there is none.
-	Absent
-	// Unknown: nobody told whether it was done, or will be.
-	Unknown
-	// Failed: it was not done and never will be. It has no place in the history.
-	Failed
+	Done    Outcome = iota // it was done; of a get: there is a record
+	Exists                 // refused, because the key has a record
+	Absent                 // refused, because the key has none; of a get: there is none
+	Unknown                // nobody told whether it was done, or will be
+	Failed                 // it was not done
 )
 
 // String returns the outcome's name.

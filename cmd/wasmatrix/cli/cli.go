@@ -93,7 +93,7 @@ degraded · 8 workload failed · 9 not placeable`,
 	)
 	add(root, groupWorkloads, a.newRun(), a.newApply(), a.newValidate(), a.newDelete(), a.newPS(), a.newInstance(), a.newInvoke(),
 		a.newLogs(), a.newWait(), a.newExplain(), a.newGrant(), a.newRevoke(), a.newCan(), a.newModule())
-	add(root, groupCluster, a.newStatus(), a.newNode(), a.newProvider(), a.newKV(), a.newEvents(), a.newCluster(), a.newChaos())
+	add(root, groupCluster, a.newStatus(), a.newNode(), a.newProvider(), a.newKV(), a.newMsg(), a.newEvents(), a.newCluster(), a.newChaos())
 	add(root, groupMore, a.newContext(), a.newDocs(), a.newVersion())
 	root.SetHelpCommandGroupID(groupMore)
 	root.SetCompletionCommandGroupID(groupMore)

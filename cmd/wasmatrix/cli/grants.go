@@ -22,10 +22,12 @@ func providerTypes() map[string]string {
 	}
 }
 
-// chooseProviders says for each permission which provider it is about: one of
-// those named, else the only one of the type that serves it. The result has the
-// permissions of each provider, in the order of the permissions.
-func chooseProviders(known []*pb.Provider, permissions, named []string) ([]*pb.CapabilityGrant, error) {
+// chooseProviders says for each permission which provider it is about: the one
+// that it names itself, one of those named, else the only one of the type that
+// serves it. The result has the permissions of each provider, in the order of the
+// permissions.
+func chooseProviders(replicas []*pb.Provider, permissions, named []string) ([]*pb.CapabilityGrant, error) {
+	known := distinct(replicas)
 	for _, name := range named {
 		if !slices.ContainsFunc(known, func(p *pb.Provider) bool { return p.GetId() == name }) {
 			return nil, apierror.New(pb.ErrorCode_ERROR_CODE_PROVIDER_NOT_FOUND, "no provider has the id %q", name).
@@ -61,6 +63,9 @@ func chooseProviders(known []*pb.Provider, permissions, named []string) ([]*pb.C
 
 func chooseProvider(known []*pb.Provider, p permission.Permission, named []string) (string, error) {
 	kind := providerTypes()[p.Capability()]
+	if id := externalProvider(p); id != "" {
+		return id, checkExternal(known, p, id)
+	}
 	var fitting, chosen []*pb.Provider
 	for _, provider := range known {
 		if provider.GetSpec().GetType() != kind {
@@ -78,15 +83,39 @@ func chooseProvider(known []*pb.Provider, p permission.Permission, named []strin
 	case 1:
 		return chosen[0].GetId(), nil
 	case 0:
-		if kind != "kv" {
-			return "", apierror.New(pb.ErrorCode_ERROR_CODE_PROVIDER_NOT_FOUND, "%s is served by a provider of type %s, and there is none", p, kind).
-				Next("leave the permission out: this version serves kv; http, messaging and external providers are not built yet")
-		}
 		return "", apierror.New(pb.ErrorCode_ERROR_CODE_PROVIDER_NOT_FOUND, "%s is served by a provider of type %s, and there is none", p, kind).
 			Next("wasmatrix provider register NAME --type %s", kind)
 	default:
 		return "", usagef("%s could be meant for any of the providers %s: choose with --provider", p, joined(chosen))
 	}
+}
+
+// externalProvider returns the id of the provider that a permission names, as in
+// provider:billing:charge; no other capability's do.
+func externalProvider(p permission.Permission) string {
+	rest, ok := strings.CutPrefix(p.String(), permission.Provider+":")
+	if !ok {
+		return ""
+	}
+	id, _, _ := strings.Cut(rest, ":")
+	return id
+}
+
+func checkExternal(known []*pb.Provider, p permission.Permission, id string) error {
+	for _, provider := range known {
+		if provider.GetId() != id {
+			continue
+		}
+		if kind := provider.GetSpec().GetType(); kind != "external" {
+			return &usageError{
+				err:  fmt.Errorf("%s is about an external provider, and %s is of type %s", p, id, kind),
+				next: "wasmatrix docs permissions",
+			}
+		}
+		return nil
+	}
+	return apierror.New(pb.ErrorCode_ERROR_CODE_PROVIDER_NOT_FOUND, "%s is about provider %s, and there is none", p, id).
+		With("providers", joined(known)).Next("wasmatrix provider register %s --type external --set address=HOST:PORT", id)
 }
 
 func joined(providers []*pb.Provider) string {
@@ -216,84 +245,17 @@ func assignmentTable(list []*pb.CapabilityAssignment) func(io.Writer) {
 			return
 		}
 		t := table{head: []string{"INSTANCE", "PROVIDER", "BUCKET", "PERMISSIONS"}}
+		subscribed := slices.ContainsFunc(list, func(g *pb.CapabilityAssignment) bool { return len(g.GetSubscriptions()) > 0 })
+		if subscribed {
+			t.head = append(t.head, "SUBSCRIPTIONS")
+		}
 		for _, g := range list {
-			t.row(g.GetInstanceId(), g.GetProviderId(), g.GetBucket(), strings.Join(g.GetPermissions(), " "))
+			cells := []string{g.GetInstanceId(), g.GetProviderId(), g.GetBucket(), strings.Join(g.GetPermissions(), " ")}
+			if subscribed {
+				cells = append(cells, strings.Join(g.GetSubscriptions(), " "))
+			}
+			t.row(cells...)
 		}
 		t.write(w)
 	}
-}
-
-func (a *app) newCan() *cobra.Command {
-	var provider string
-	cmd := &cobra.Command{
-		Use: "can NAME PERMISSION", Short: "tell whether instances may do something, and by which permission",
-		Long: `Tells for each replica whether it may do something, and which permission says so.
-Exit code 0 when all may, 5 when one may not.`,
-		Example: "  wasmatrix can hello kv:read:orders/17",
-		Args:    cobra.ExactArgs(2),
-		RunE: a.withClient(func(cmd *cobra.Command, c *client.Client, args []string) error {
-			need, err := permission.ParseNeed(args[1])
-			if err != nil {
-				return &usageError{err: err, next: "wasmatrix docs permissions"}
-			}
-			instances, err := resolve(cmd.Context(), c, args[0])
-			if err != nil {
-				return err
-			}
-			return a.can(cmd.Context(), c, instances, need, provider)
-		}),
-	}
-	cmd.Flags().StringVar(&provider, "provider", "", "only on this provider (default: on any)")
-	return cmd
-}
-
-func (a *app) can(ctx context.Context, c *client.Client, instances []*pb.Instance, need permission.Need, provider string) error {
-	all := true
-	for _, i := range instances {
-		resp, err := c.QueryInstance(ctx, &pb.QueryInstanceRequest{Target: i.GetId()})
-		if err != nil {
-			return err
-		}
-		allowed, verdict, err := judge(resp.GetAssignments(), need, provider)
-		if err != nil {
-			return err
-		}
-		all = all && allowed
-		line := fmt.Sprintf("%s  %s", i.GetId(), verdict)
-		name := ""
-		if allowed {
-			name = i.GetId()
-		}
-		if a.global.output == formName && !allowed {
-			continue
-		}
-		if err := a.printLine(resp, name, line); err != nil {
-			return err
-		}
-	}
-	if !all {
-		return ExitWith(exitDenied)
-	}
-	return nil
-}
-
-// judge decides as the serving side does, from the assignments of one instance.
-func judge(assignments []*pb.CapabilityAssignment, need permission.Need, provider string) (allowed bool, verdict string, err error) {
-	verdict = permission.Set{}.Explain(need)
-	for _, g := range assignments {
-		if provider != "" && g.GetProviderId() != provider {
-			continue
-		}
-		set, err := permission.ParseSet(g.GetPermissions())
-		if err != nil {
-			return false, "", fmt.Errorf("permissions on %s: %w", g.GetProviderId(), err)
-		}
-		if _, ok := set.Allows(need); ok {
-			return true, set.Explain(need) + " on " + g.GetProviderId(), nil
-		}
-		if set.MayEver(need) {
-			verdict = set.Explain(need)
-		}
-	}
-	return false, verdict, nil
 }

@@ -35,29 +35,11 @@ workload's own bucket is named after it.`,
 }
 
 // call calls an operation of the chosen provider.
-func (k *kvFlags) call(ctx context.Context, c *client.Client, operation string, req, resp proto.Message) error {
-	if k.provider == "" {
-		list, err := c.ListProviders(ctx, &pb.ListProvidersRequest{})
-		if err != nil {
-			return err
-		}
-		grants, err := chooseProviders(list.GetProviders(), []string{"kv:read"}, nil)
-		if err != nil {
-			return err
-		}
-		k.provider = grants[0].GetProvider()
-	}
-	payload, err := proto.Marshal(req)
-	if err != nil {
+func (k *kvFlags) call(ctx context.Context, c *client.Client, operation string, req, resp proto.Message) (err error) {
+	if k.provider, err = onlyProvider(ctx, c, "kv:read", k.provider); err != nil {
 		return err
 	}
-	answer, err := c.CallProvider(ctx, &pb.CallProviderRequest{
-		ProviderId: k.provider, Capability: "kv", Operation: operation, Payload: payload, Bucket: k.bucket,
-	})
-	if err != nil {
-		return err
-	}
-	return proto.Unmarshal(answer.GetPayload(), resp)
+	return callProvider(ctx, c, &pb.CallProviderRequest{ProviderId: k.provider, Capability: "kv", Operation: operation, Bucket: k.bucket}, req, resp)
 }
 
 func (a *app) newKVGet(kf *kvFlags) *cobra.Command {

@@ -26,6 +26,7 @@ type runFlags struct {
 	name, runtime, node, stdin string
 	replicas, concurrency      uint32
 	allow, env, args, labels   []string
+	subscribe                  []string
 	restart                    string
 	maxRetries                 int32
 	memory                     string
@@ -49,6 +50,8 @@ only provider of the type that serves the permission. --provider may be given
 once for each type.`,
 		Example: `  wasmatrix run hello.wasm --replicas 2 --allow kv:read --allow kv:write:greetings/
   echo "some words" | wasmatrix run wordcount.wasm --stdin - -- -top 3
+  wasmatrix run greeter.wasm --allow http:request --allow http:domain:example.com
+  wasmatrix run orders.wasm --subscribe orders.created --allow msg:subscribe:orders.created --allow kv:write
   wasmatrix run hello.yaml --replicas 3`,
 		Args: func(cmd *cobra.Command, args []string) error {
 			if n := cmd.ArgsLenAtDash(); len(args) == 0 || n == 0 || n < 0 && len(args) > 1 || n > 1 {
@@ -80,6 +83,7 @@ once for each type.`,
 	f.StringVar(&rf.name, "name", "", "the workload's name (default: that of the file)")
 	f.Uint32Var(&rf.replicas, "replicas", 1, "how many instances")
 	f.StringArrayVar(&rf.allow, "allow", nil, "grant a permission, as in kv:read:orders/ (repeatable)")
+	f.StringArrayVar(&rf.subscribe, "subscribe", nil, "subject whose messages its message handler gets; it takes --allow msg:subscribe too (repeatable)")
 	rf.grants.bind(cmd)
 	f.StringVar(&rf.grants.bucket, "bucket", "", "key-value bucket the instances see (default: the one named after the workload)")
 	f.StringArrayVar(&rf.env, "env", nil, "environment variable of the guest, KEY=VALUE (repeatable)")
@@ -145,6 +149,9 @@ func (rf *runFlags) apply(cmd *cobra.Command, spec *pb.WorkloadSpec) error {
 	}
 	if rf.runtime != "" {
 		spec.Runtime = rf.runtime
+	}
+	for _, subject := range rf.subscribe {
+		spec.Triggers = append(spec.Triggers, &pb.Trigger{Trigger: &pb.Trigger_Subscribe{Subscribe: subject}})
 	}
 	spec.Args = append(spec.GetArgs(), rf.args...)
 	env, err := pairs("--env", rf.env)

@@ -119,13 +119,18 @@ func lookProvider(ctx context.Context, c *client.Client, name, state string) (bo
 	if err != nil {
 		return false, "", err
 	}
-	if state == "RUNNING" {
-		if err := failedProvider(nil, resp.GetProvider()); err != nil {
-			return false, "", err
+	all := true
+	var found []string
+	for _, p := range replicasOf(resp) {
+		if state == "RUNNING" {
+			if err := failedProvider(nil, p); err != nil {
+				return false, "", err
+			}
 		}
+		all = all && providerState(p) == state
+		found = append(found, strings.TrimSpace(providerState(p)+" "+oneLine(p.GetStatus().GetMessage())))
 	}
-	found := providerState(resp.GetProvider())
-	return found == state, strings.TrimSpace(found + " " + oneLine(resp.GetProvider().GetStatus().GetMessage())), nil
+	return all, strings.Join(found, ", "), nil
 }
 
 func lookNode(ctx context.Context, c *client.Client, name, state string) (bool, string, error) {

@@ -54,7 +54,7 @@ func Create(o Options) (*Cluster, error) {
 		o.Expect = o.Nodes
 	}
 	if o.Providers == nil {
-		o.Providers = []node.ProviderConfig{{ID: "kv", Type: "kv", Driver: "bbolt"}}
+		o.Providers = defaultProviders()
 	}
 	// Before anything is written: another cluster's files are not to be touched.
 	lock, err := lockDir(o.Dir)
@@ -80,6 +80,16 @@ func Create(o Options) (*Cluster, error) {
 		}
 	}
 	return c, nil
+}
+
+// defaultProviders are those of a development cluster, one of each type that
+// needs nothing from outside.
+func defaultProviders() []node.ProviderConfig {
+	return []node.ProviderConfig{
+		{ID: "kv", Type: "kv", Driver: "bbolt"},
+		{ID: "bus", Type: "messaging", Driver: "embedded"},
+		{ID: "web", Type: "http", Driver: "direct"},
+	}
 }
 
 // AddNode lays out one more node and does not start it.

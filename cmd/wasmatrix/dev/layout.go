@@ -43,7 +43,7 @@ type Options struct {
 	LogLevel string
 	// Expect is the number of peers of the bootstrap; default Nodes.
 	Expect int
-	// Providers are declared by the first node; default one key-value provider "kv" on bbolt.
+	// Providers are declared by the first node; default "kv" on bbolt, "bus" for messages and "web" for HTTP.
 	Providers []node.ProviderConfig
 	// Breakable lets ServeControl break the network between the nodes.
 	Breakable bool

@@ -61,7 +61,8 @@ type Config struct {
 	Limits LimitsConfig `yaml:"limits"`
 	// Runtime says how guests are executed.
 	Runtime RuntimeConfig `yaml:"runtime"`
-	// Providers are registered by this node unless they exist, and run on it.
+	// Providers are registered by this node unless they exist, and run on it alone;
+	// those with several replicas are registered for the cluster instead.
 	Providers []ProviderConfig `yaml:"providers"`
 	// Telemetry says what the node tells about itself.
 	Telemetry TelemetryConfig `yaml:"telemetry"`
@@ -144,7 +145,7 @@ type RuntimeConfig struct {
 type ProviderConfig struct {
 	// ID is the provider's id.
 	ID string `yaml:"id"`
-	// Type is "kv".
+	// Type is "kv", "http", "messaging" or "external".
 	Type string `yaml:"type"`
 	// Driver is the type's driver; empty means its default.
 	Driver string `yaml:"driver"`
@@ -308,7 +309,31 @@ func (c *Config) Complete() error {
 	if _, err := c.Join.gossipKey(); err != nil {
 		wrong("join.gossip_key: %w", err)
 	}
+	problems = append(problems, c.checkProviders()...)
 	return errors.Join(problems...)
+}
+
+// providerTypes are those that an agent can host.
+var providerTypes = []string{"kv", "http", "messaging", "external"}
+
+func (c *Config) checkProviders() (problems []error) {
+	seen := map[string]bool{}
+	for i, p := range c.Providers {
+		wrong := func(format string, args ...any) {
+			problems = append(problems, fmt.Errorf("providers[%d].%s", i, fmt.Sprintf(format, args...)))
+		}
+		if !nodeName.MatchString(p.ID) {
+			wrong("id %q: want 1 to 63 lower-case letters, digits and dashes", p.ID)
+		}
+		if seen[p.ID] {
+			wrong("id %q: it is there twice", p.ID)
+		}
+		seen[p.ID] = true
+		if !slices.Contains(providerTypes, p.Type) {
+			wrong("type %q: want %s", p.Type, strings.Join(providerTypes, ", "))
+		}
+	}
+	return problems
 }
 
 // gossipKey decodes the key; nil when there is none. The error does not show it.

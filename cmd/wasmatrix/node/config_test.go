@@ -72,6 +72,9 @@ func TestBadConfigurationSaysWhatIsWrong(t *testing.T) {
 		{"bad log format", good + "telemetry: {log: {format: xml}}\n", nil, "telemetry.log.format"},
 		{"a gossip key that is no base64", "node: {name: n1}\ndata_dir: /d\njoin: {bootstrap_expect: 1, gossip_key: \"***\"}\n", nil, "join.gossip_key"},
 		{"a gossip key of a wrong length", "node: {name: n1}\ndata_dir: /d\njoin: {bootstrap_expect: 1, gossip_key: c2hvcnQ=}\n", nil, "5 bytes"},
+		{"a provider without an id", good + "providers: [{type: kv}]\n", nil, "providers[0].id"},
+		{"a provider of an unknown type", good + "providers: [{id: kv, type: kv}, {id: q, type: queue}]\n", nil, "providers[1].type \"queue\": want kv, http, messaging, external"},
+		{"a provider twice", good + "providers: [{id: kv, type: kv}, {id: kv, type: http}]\n", nil, "providers[1].id \"kv\""},
 		{"bad level", good + "telemetry: {log: {level: loud}}\n", nil, "telemetry.log.level"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

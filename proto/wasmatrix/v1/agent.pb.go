@@ -1671,7 +1671,7 @@ type InvokeCapabilityRequest struct {
 	Capability string `protobuf:"bytes,4,opt,name=capability,proto3" json:"capability,omitempty"`
 	// The operation: "get".
 	Operation string `protobuf:"bytes,5,opt,name=operation,proto3" json:"operation,omitempty"`
-	// The operation's request message, exactly as the guest wrote it.
+	// The operation's request message, exactly as the guest wrote it: a payload of 4 MiB and 64 KiB around it.
 	Payload       []byte `protobuf:"bytes,6,opt,name=payload,proto3" json:"payload,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2115,7 +2115,7 @@ const file_wasmatrix_v1_agent_proto_rawDesc = "" +
 	"capability\x12'\n" +
 	"\toperation\x18\x05 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18?R\toperation\x12$\n" +
 	"\apayload\x18\x06 \x01(\fB\n" +
-	"\xbaH\az\x05\x18\x80\x80\x80\x02R\apayloadB\x0f\n" +
+	"\xbaH\az\x05\x18\x80\x80\x84\x02R\apayloadB\x0f\n" +
 	"\x06caller\x12\x05\xbaH\x02\b\x01\"d\n" +
 	"\x18InvokeCapabilityResponse\x12\x18\n" +
 	"\apayload\x18\x01 \x01(\fR\apayload\x12.\n" +

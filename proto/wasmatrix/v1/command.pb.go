@@ -1128,7 +1128,9 @@ type CreateInstancesCommand struct {
 	// The spec, with the module as a digest.
 	Spec *WorkloadSpec `protobuf:"bytes,1,opt,name=spec,proto3" json:"spec,omitempty"`
 	// The ids of the instances, one a replica.
-	InstanceIds   []string `protobuf:"bytes,2,rep,name=instance_ids,json=instanceIds,proto3" json:"instance_ids,omitempty"`
+	InstanceIds []string `protobuf:"bytes,2,rep,name=instance_ids,json=instanceIds,proto3" json:"instance_ids,omitempty"`
+	// At which granted provider each subscribe trigger of the spec is subscribed.
+	Triggers      []*TriggerTarget `protobuf:"bytes,3,rep,name=triggers,proto3" json:"triggers,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1177,6 +1179,68 @@ func (x *CreateInstancesCommand) GetInstanceIds() []string {
 	return nil
 }
 
+func (x *CreateInstancesCommand) GetTriggers() []*TriggerTarget {
+	if x != nil {
+		return x.Triggers
+	}
+	return nil
+}
+
+// TriggerTarget is where a subscribe trigger of a workload is subscribed.
+type TriggerTarget struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The subject, as the trigger names it.
+	Subject string `protobuf:"bytes,1,opt,name=subject,proto3" json:"subject,omitempty"`
+	// The messaging provider's id.
+	ProviderId    string `protobuf:"bytes,2,opt,name=provider_id,json=providerId,proto3" json:"provider_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TriggerTarget) Reset() {
+	*x = TriggerTarget{}
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TriggerTarget) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TriggerTarget) ProtoMessage() {}
+
+func (x *TriggerTarget) ProtoReflect() protoreflect.Message {
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TriggerTarget.ProtoReflect.Descriptor instead.
+func (*TriggerTarget) Descriptor() ([]byte, []int) {
+	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *TriggerTarget) GetSubject() string {
+	if x != nil {
+		return x.Subject
+	}
+	return ""
+}
+
+func (x *TriggerTarget) GetProviderId() string {
+	if x != nil {
+		return x.ProviderId
+	}
+	return ""
+}
+
 // StopInstancesCommand asks instances to stop.
 type StopInstancesCommand struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1188,7 +1252,7 @@ type StopInstancesCommand struct {
 
 func (x *StopInstancesCommand) Reset() {
 	*x = StopInstancesCommand{}
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[12]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1200,7 +1264,7 @@ func (x *StopInstancesCommand) String() string {
 func (*StopInstancesCommand) ProtoMessage() {}
 
 func (x *StopInstancesCommand) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[12]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1213,7 +1277,7 @@ func (x *StopInstancesCommand) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopInstancesCommand.ProtoReflect.Descriptor instead.
 func (*StopInstancesCommand) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{12}
+	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *StopInstancesCommand) GetInstanceIds() []string {
@@ -1234,7 +1298,7 @@ type RestartInstancesCommand struct {
 
 func (x *RestartInstancesCommand) Reset() {
 	*x = RestartInstancesCommand{}
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[13]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1246,7 +1310,7 @@ func (x *RestartInstancesCommand) String() string {
 func (*RestartInstancesCommand) ProtoMessage() {}
 
 func (x *RestartInstancesCommand) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[13]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1259,7 +1323,7 @@ func (x *RestartInstancesCommand) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestartInstancesCommand.ProtoReflect.Descriptor instead.
 func (*RestartInstancesCommand) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{13}
+	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *RestartInstancesCommand) GetInstanceIds() []string {
@@ -1282,7 +1346,7 @@ type RemoveInstancesCommand struct {
 
 func (x *RemoveInstancesCommand) Reset() {
 	*x = RemoveInstancesCommand{}
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[14]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1294,7 +1358,7 @@ func (x *RemoveInstancesCommand) String() string {
 func (*RemoveInstancesCommand) ProtoMessage() {}
 
 func (x *RemoveInstancesCommand) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[14]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1307,7 +1371,7 @@ func (x *RemoveInstancesCommand) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveInstancesCommand.ProtoReflect.Descriptor instead.
 func (*RemoveInstancesCommand) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{14}
+	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *RemoveInstancesCommand) GetInstanceIds() []string {
@@ -1347,7 +1411,7 @@ type PlaceDecision struct {
 
 func (x *PlaceDecision) Reset() {
 	*x = PlaceDecision{}
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[15]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1359,7 +1423,7 @@ func (x *PlaceDecision) String() string {
 func (*PlaceDecision) ProtoMessage() {}
 
 func (x *PlaceDecision) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[15]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1372,7 +1436,7 @@ func (x *PlaceDecision) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlaceDecision.ProtoReflect.Descriptor instead.
 func (*PlaceDecision) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{15}
+	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *PlaceDecision) GetInstanceId() string {
@@ -1435,7 +1499,7 @@ type PlaceCommand struct {
 
 func (x *PlaceCommand) Reset() {
 	*x = PlaceCommand{}
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[16]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1447,7 +1511,7 @@ func (x *PlaceCommand) String() string {
 func (*PlaceCommand) ProtoMessage() {}
 
 func (x *PlaceCommand) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[16]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1460,7 +1524,7 @@ func (x *PlaceCommand) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlaceCommand.ProtoReflect.Descriptor instead.
 func (*PlaceCommand) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{16}
+	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *PlaceCommand) GetDecisions() []*PlaceDecision {
@@ -1483,7 +1547,7 @@ type AssignCapabilityCommand struct {
 
 func (x *AssignCapabilityCommand) Reset() {
 	*x = AssignCapabilityCommand{}
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[17]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1495,7 +1559,7 @@ func (x *AssignCapabilityCommand) String() string {
 func (*AssignCapabilityCommand) ProtoMessage() {}
 
 func (x *AssignCapabilityCommand) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[17]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1508,7 +1572,7 @@ func (x *AssignCapabilityCommand) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AssignCapabilityCommand.ProtoReflect.Descriptor instead.
 func (*AssignCapabilityCommand) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{17}
+	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *AssignCapabilityCommand) GetInstanceIds() []string {
@@ -1540,7 +1604,7 @@ type RevokeCapabilityCommand struct {
 
 func (x *RevokeCapabilityCommand) Reset() {
 	*x = RevokeCapabilityCommand{}
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[18]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1552,7 +1616,7 @@ func (x *RevokeCapabilityCommand) String() string {
 func (*RevokeCapabilityCommand) ProtoMessage() {}
 
 func (x *RevokeCapabilityCommand) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[18]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1565,7 +1629,7 @@ func (x *RevokeCapabilityCommand) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeCapabilityCommand.ProtoReflect.Descriptor instead.
 func (*RevokeCapabilityCommand) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{18}
+	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *RevokeCapabilityCommand) GetInstanceIds() []string {
@@ -1600,7 +1664,7 @@ type RegisterProviderCommand struct {
 
 func (x *RegisterProviderCommand) Reset() {
 	*x = RegisterProviderCommand{}
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[19]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1612,7 +1676,7 @@ func (x *RegisterProviderCommand) String() string {
 func (*RegisterProviderCommand) ProtoMessage() {}
 
 func (x *RegisterProviderCommand) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[19]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1625,7 +1689,7 @@ func (x *RegisterProviderCommand) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterProviderCommand.ProtoReflect.Descriptor instead.
 func (*RegisterProviderCommand) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{19}
+	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *RegisterProviderCommand) GetSpec() *ProviderSpec {
@@ -1650,7 +1714,7 @@ type SetProviderRunningCommand struct {
 
 func (x *SetProviderRunningCommand) Reset() {
 	*x = SetProviderRunningCommand{}
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[20]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1662,7 +1726,7 @@ func (x *SetProviderRunningCommand) String() string {
 func (*SetProviderRunningCommand) ProtoMessage() {}
 
 func (x *SetProviderRunningCommand) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[20]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1675,7 +1739,7 @@ func (x *SetProviderRunningCommand) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetProviderRunningCommand.ProtoReflect.Descriptor instead.
 func (*SetProviderRunningCommand) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{20}
+	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *SetProviderRunningCommand) GetProviderId() string {
@@ -1710,7 +1774,7 @@ type UpdateProviderCommand struct {
 
 func (x *UpdateProviderCommand) Reset() {
 	*x = UpdateProviderCommand{}
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[21]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1722,7 +1786,7 @@ func (x *UpdateProviderCommand) String() string {
 func (*UpdateProviderCommand) ProtoMessage() {}
 
 func (x *UpdateProviderCommand) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[21]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1735,7 +1799,7 @@ func (x *UpdateProviderCommand) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateProviderCommand.ProtoReflect.Descriptor instead.
 func (*UpdateProviderCommand) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{21}
+	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *UpdateProviderCommand) GetSpec() *ProviderSpec {
@@ -1756,7 +1820,7 @@ type DeregisterProviderCommand struct {
 
 func (x *DeregisterProviderCommand) Reset() {
 	*x = DeregisterProviderCommand{}
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[22]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1768,7 +1832,7 @@ func (x *DeregisterProviderCommand) String() string {
 func (*DeregisterProviderCommand) ProtoMessage() {}
 
 func (x *DeregisterProviderCommand) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[22]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1781,7 +1845,7 @@ func (x *DeregisterProviderCommand) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeregisterProviderCommand.ProtoReflect.Descriptor instead.
 func (*DeregisterProviderCommand) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{22}
+	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *DeregisterProviderCommand) GetProviderId() string {
@@ -1808,7 +1872,7 @@ type CommandResult struct {
 
 func (x *CommandResult) Reset() {
 	*x = CommandResult{}
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[23]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1820,7 +1884,7 @@ func (x *CommandResult) String() string {
 func (*CommandResult) ProtoMessage() {}
 
 func (x *CommandResult) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[23]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1833,7 +1897,7 @@ func (x *CommandResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CommandResult.ProtoReflect.Descriptor instead.
 func (*CommandResult) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{23}
+	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *CommandResult) GetIndex() uint64 {
@@ -1885,7 +1949,7 @@ type DedupRecord struct {
 
 func (x *DedupRecord) Reset() {
 	*x = DedupRecord{}
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[24]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1897,7 +1961,7 @@ func (x *DedupRecord) String() string {
 func (*DedupRecord) ProtoMessage() {}
 
 func (x *DedupRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[24]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1910,7 +1974,7 @@ func (x *DedupRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DedupRecord.ProtoReflect.Descriptor instead.
 func (*DedupRecord) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{24}
+	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *DedupRecord) GetRequestId() string {
@@ -1974,7 +2038,7 @@ type ClientSession struct {
 
 func (x *ClientSession) Reset() {
 	*x = ClientSession{}
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[25]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1986,7 +2050,7 @@ func (x *ClientSession) String() string {
 func (*ClientSession) ProtoMessage() {}
 
 func (x *ClientSession) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[25]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1999,7 +2063,7 @@ func (x *ClientSession) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClientSession.ProtoReflect.Descriptor instead.
 func (*ClientSession) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{25}
+	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ClientSession) GetId() string {
@@ -2040,7 +2104,7 @@ func (x *ClientSession) GetFirstOutstanding() uint64 {
 // SnapshotHeader opens a snapshot of the state.
 type SnapshotHeader struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The version of the format; 2. Format 1 has no sessions and no cluster_id.
+	// The version of the format; 3. Format 1 has no sessions and no cluster_id, format 2 no replicas of providers and no subscriptions.
 	Format uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
 	// The Raft index of the state.
 	Index uint64 `protobuf:"varint,2,opt,name=index,proto3" json:"index,omitempty"`
@@ -2051,14 +2115,16 @@ type SnapshotHeader struct {
 	// The sequence number of the last event.
 	EventSequence uint64 `protobuf:"varint,5,opt,name=event_sequence,json=eventSequence,proto3" json:"event_sequence,omitempty"`
 	// The cluster's identity; empty before it got one.
-	ClusterId     string `protobuf:"bytes,6,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	ClusterId string `protobuf:"bytes,6,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	// The refused calls recorded lately; unset before the first one.
+	Denials       *DenialWindow `protobuf:"bytes,7,opt,name=denials,proto3" json:"denials,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *SnapshotHeader) Reset() {
 	*x = SnapshotHeader{}
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[26]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2070,7 +2136,7 @@ func (x *SnapshotHeader) String() string {
 func (*SnapshotHeader) ProtoMessage() {}
 
 func (x *SnapshotHeader) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[26]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2083,7 +2149,7 @@ func (x *SnapshotHeader) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotHeader.ProtoReflect.Descriptor instead.
 func (*SnapshotHeader) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{26}
+	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *SnapshotHeader) GetFormat() uint32 {
@@ -2128,6 +2194,68 @@ func (x *SnapshotHeader) GetClusterId() string {
 	return ""
 }
 
+func (x *SnapshotHeader) GetDenials() *DenialWindow {
+	if x != nil {
+		return x.Denials
+	}
+	return nil
+}
+
+// DenialWindow counts the refused calls that were recorded within a minute, which bounds them.
+type DenialWindow struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The minute, in minutes since 1970.
+	Minute int64 `protobuf:"varint,1,opt,name=minute,proto3" json:"minute,omitempty"`
+	// How many were recorded in it.
+	Recorded      uint32 `protobuf:"varint,2,opt,name=recorded,proto3" json:"recorded,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DenialWindow) Reset() {
+	*x = DenialWindow{}
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DenialWindow) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DenialWindow) ProtoMessage() {}
+
+func (x *DenialWindow) ProtoReflect() protoreflect.Message {
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DenialWindow.ProtoReflect.Descriptor instead.
+func (*DenialWindow) Descriptor() ([]byte, []int) {
+	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *DenialWindow) GetMinute() int64 {
+	if x != nil {
+		return x.Minute
+	}
+	return 0
+}
+
+func (x *DenialWindow) GetRecorded() uint32 {
+	if x != nil {
+		return x.Recorded
+	}
+	return 0
+}
+
 // SnapshotRecord is one record of a snapshot, in a fixed order of tables and keys.
 type SnapshotRecord struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -2153,7 +2281,7 @@ type SnapshotRecord struct {
 
 func (x *SnapshotRecord) Reset() {
 	*x = SnapshotRecord{}
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[27]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2165,7 +2293,7 @@ func (x *SnapshotRecord) String() string {
 func (*SnapshotRecord) ProtoMessage() {}
 
 func (x *SnapshotRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[27]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2178,7 +2306,7 @@ func (x *SnapshotRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotRecord.ProtoReflect.Descriptor instead.
 func (*SnapshotRecord) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{27}
+	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *SnapshotRecord) GetRecord() isSnapshotRecord_Record {
@@ -2381,7 +2509,7 @@ type SnapshotTrailer struct {
 
 func (x *SnapshotTrailer) Reset() {
 	*x = SnapshotTrailer{}
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[28]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2393,7 +2521,7 @@ func (x *SnapshotTrailer) String() string {
 func (*SnapshotTrailer) ProtoMessage() {}
 
 func (x *SnapshotTrailer) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_command_proto_msgTypes[28]
+	mi := &file_wasmatrix_v1_command_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2406,7 +2534,7 @@ func (x *SnapshotTrailer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotTrailer.ProtoReflect.Descriptor instead.
 func (*SnapshotTrailer) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{28}
+	return file_wasmatrix_v1_command_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *SnapshotTrailer) GetRecords() uint64 {
@@ -2501,10 +2629,15 @@ const file_wasmatrix_v1_command_proto_rawDesc = "" +
 	"\x11RemovePeerCommand\x12\x17\n" +
 	"\apeer_id\x18\x01 \x01(\tR\x06peerId\"@\n" +
 	"\x10PutModuleCommand\x12,\n" +
-	"\x06module\x18\x01 \x01(\v2\x14.wasmatrix.v1.ModuleR\x06module\"k\n" +
+	"\x06module\x18\x01 \x01(\v2\x14.wasmatrix.v1.ModuleR\x06module\"\xa4\x01\n" +
 	"\x16CreateInstancesCommand\x12.\n" +
 	"\x04spec\x18\x01 \x01(\v2\x1a.wasmatrix.v1.WorkloadSpecR\x04spec\x12!\n" +
-	"\finstance_ids\x18\x02 \x03(\tR\vinstanceIds\"9\n" +
+	"\finstance_ids\x18\x02 \x03(\tR\vinstanceIds\x127\n" +
+	"\btriggers\x18\x03 \x03(\v2\x1b.wasmatrix.v1.TriggerTargetR\btriggers\"J\n" +
+	"\rTriggerTarget\x12\x18\n" +
+	"\asubject\x18\x01 \x01(\tR\asubject\x12\x1f\n" +
+	"\vprovider_id\x18\x02 \x01(\tR\n" +
+	"providerId\"9\n" +
 	"\x14StopInstancesCommand\x12!\n" +
 	"\finstance_ids\x18\x01 \x03(\tR\vinstanceIds\"<\n" +
 	"\x17RestartInstancesCommand\x12!\n" +
@@ -2564,7 +2697,7 @@ const file_wasmatrix_v1_command_proto_rawDesc = "" +
 	"\x05actor\x18\x02 \x01(\tR\x05actor\x12<\n" +
 	"\fidle_timeout\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\vidleTimeout\x127\n" +
 	"\tactive_at\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\bactiveAt\x12+\n" +
-	"\x11first_outstanding\x18\x05 \x01(\x04R\x10firstOutstanding\"\xd3\x01\n" +
+	"\x11first_outstanding\x18\x05 \x01(\x04R\x10firstOutstanding\"\x89\x02\n" +
 	"\x0eSnapshotHeader\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x14\n" +
 	"\x05index\x18\x02 \x01(\x04R\x05index\x12\x1d\n" +
@@ -2573,7 +2706,11 @@ const file_wasmatrix_v1_command_proto_rawDesc = "" +
 	"\x04time\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12%\n" +
 	"\x0eevent_sequence\x18\x05 \x01(\x04R\reventSequence\x12\x1d\n" +
 	"\n" +
-	"cluster_id\x18\x06 \x01(\tR\tclusterId\"\xdc\x04\n" +
+	"cluster_id\x18\x06 \x01(\tR\tclusterId\x124\n" +
+	"\adenials\x18\a \x01(\v2\x1a.wasmatrix.v1.DenialWindowR\adenials\"B\n" +
+	"\fDenialWindow\x12\x16\n" +
+	"\x06minute\x18\x01 \x01(\x03R\x06minute\x12\x1a\n" +
+	"\brecorded\x18\x02 \x01(\rR\brecorded\"\xdc\x04\n" +
 	"\x0eSnapshotRecord\x126\n" +
 	"\x06header\x18\x01 \x01(\v2\x1c.wasmatrix.v1.SnapshotHeaderH\x00R\x06header\x12(\n" +
 	"\x04node\x18\x02 \x01(\v2\x12.wasmatrix.v1.NodeH\x00R\x04node\x12(\n" +
@@ -2606,7 +2743,7 @@ func file_wasmatrix_v1_command_proto_rawDescGZIP() []byte {
 	return file_wasmatrix_v1_command_proto_rawDescData
 }
 
-var file_wasmatrix_v1_command_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
+var file_wasmatrix_v1_command_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
 var file_wasmatrix_v1_command_proto_goTypes = []any{
 	(*Command)(nil),                   // 0: wasmatrix.v1.Command
 	(*CommandSession)(nil),            // 1: wasmatrix.v1.CommandSession
@@ -2620,43 +2757,45 @@ var file_wasmatrix_v1_command_proto_goTypes = []any{
 	(*RemovePeerCommand)(nil),         // 9: wasmatrix.v1.RemovePeerCommand
 	(*PutModuleCommand)(nil),          // 10: wasmatrix.v1.PutModuleCommand
 	(*CreateInstancesCommand)(nil),    // 11: wasmatrix.v1.CreateInstancesCommand
-	(*StopInstancesCommand)(nil),      // 12: wasmatrix.v1.StopInstancesCommand
-	(*RestartInstancesCommand)(nil),   // 13: wasmatrix.v1.RestartInstancesCommand
-	(*RemoveInstancesCommand)(nil),    // 14: wasmatrix.v1.RemoveInstancesCommand
-	(*PlaceDecision)(nil),             // 15: wasmatrix.v1.PlaceDecision
-	(*PlaceCommand)(nil),              // 16: wasmatrix.v1.PlaceCommand
-	(*AssignCapabilityCommand)(nil),   // 17: wasmatrix.v1.AssignCapabilityCommand
-	(*RevokeCapabilityCommand)(nil),   // 18: wasmatrix.v1.RevokeCapabilityCommand
-	(*RegisterProviderCommand)(nil),   // 19: wasmatrix.v1.RegisterProviderCommand
-	(*SetProviderRunningCommand)(nil), // 20: wasmatrix.v1.SetProviderRunningCommand
-	(*UpdateProviderCommand)(nil),     // 21: wasmatrix.v1.UpdateProviderCommand
-	(*DeregisterProviderCommand)(nil), // 22: wasmatrix.v1.DeregisterProviderCommand
-	(*CommandResult)(nil),             // 23: wasmatrix.v1.CommandResult
-	(*DedupRecord)(nil),               // 24: wasmatrix.v1.DedupRecord
-	(*ClientSession)(nil),             // 25: wasmatrix.v1.ClientSession
-	(*SnapshotHeader)(nil),            // 26: wasmatrix.v1.SnapshotHeader
-	(*SnapshotRecord)(nil),            // 27: wasmatrix.v1.SnapshotRecord
-	(*SnapshotTrailer)(nil),           // 28: wasmatrix.v1.SnapshotTrailer
-	(*timestamppb.Timestamp)(nil),     // 29: google.protobuf.Timestamp
-	(*ReportStatusRequest)(nil),       // 30: wasmatrix.v1.ReportStatusRequest
-	(*RecordSubscriptionRequest)(nil), // 31: wasmatrix.v1.RecordSubscriptionRequest
-	(*AssignmentKey)(nil),             // 32: wasmatrix.v1.AssignmentKey
-	(*durationpb.Duration)(nil),       // 33: google.protobuf.Duration
-	(*NodeInfo)(nil),                  // 34: wasmatrix.v1.NodeInfo
-	(*ProviderSpec)(nil),              // 35: wasmatrix.v1.ProviderSpec
-	(*Peer)(nil),                      // 36: wasmatrix.v1.Peer
-	(*Module)(nil),                    // 37: wasmatrix.v1.Module
-	(*WorkloadSpec)(nil),              // 38: wasmatrix.v1.WorkloadSpec
-	(*CapabilityGrant)(nil),           // 39: wasmatrix.v1.CapabilityGrant
-	(*Error)(nil),                     // 40: wasmatrix.v1.Error
-	(*Node)(nil),                      // 41: wasmatrix.v1.Node
-	(*Instance)(nil),                  // 42: wasmatrix.v1.Instance
-	(*Provider)(nil),                  // 43: wasmatrix.v1.Provider
-	(*CapabilityAssignment)(nil),      // 44: wasmatrix.v1.CapabilityAssignment
-	(*Event)(nil),                     // 45: wasmatrix.v1.Event
+	(*TriggerTarget)(nil),             // 12: wasmatrix.v1.TriggerTarget
+	(*StopInstancesCommand)(nil),      // 13: wasmatrix.v1.StopInstancesCommand
+	(*RestartInstancesCommand)(nil),   // 14: wasmatrix.v1.RestartInstancesCommand
+	(*RemoveInstancesCommand)(nil),    // 15: wasmatrix.v1.RemoveInstancesCommand
+	(*PlaceDecision)(nil),             // 16: wasmatrix.v1.PlaceDecision
+	(*PlaceCommand)(nil),              // 17: wasmatrix.v1.PlaceCommand
+	(*AssignCapabilityCommand)(nil),   // 18: wasmatrix.v1.AssignCapabilityCommand
+	(*RevokeCapabilityCommand)(nil),   // 19: wasmatrix.v1.RevokeCapabilityCommand
+	(*RegisterProviderCommand)(nil),   // 20: wasmatrix.v1.RegisterProviderCommand
+	(*SetProviderRunningCommand)(nil), // 21: wasmatrix.v1.SetProviderRunningCommand
+	(*UpdateProviderCommand)(nil),     // 22: wasmatrix.v1.UpdateProviderCommand
+	(*DeregisterProviderCommand)(nil), // 23: wasmatrix.v1.DeregisterProviderCommand
+	(*CommandResult)(nil),             // 24: wasmatrix.v1.CommandResult
+	(*DedupRecord)(nil),               // 25: wasmatrix.v1.DedupRecord
+	(*ClientSession)(nil),             // 26: wasmatrix.v1.ClientSession
+	(*SnapshotHeader)(nil),            // 27: wasmatrix.v1.SnapshotHeader
+	(*DenialWindow)(nil),              // 28: wasmatrix.v1.DenialWindow
+	(*SnapshotRecord)(nil),            // 29: wasmatrix.v1.SnapshotRecord
+	(*SnapshotTrailer)(nil),           // 30: wasmatrix.v1.SnapshotTrailer
+	(*timestamppb.Timestamp)(nil),     // 31: google.protobuf.Timestamp
+	(*ReportStatusRequest)(nil),       // 32: wasmatrix.v1.ReportStatusRequest
+	(*RecordSubscriptionRequest)(nil), // 33: wasmatrix.v1.RecordSubscriptionRequest
+	(*AssignmentKey)(nil),             // 34: wasmatrix.v1.AssignmentKey
+	(*durationpb.Duration)(nil),       // 35: google.protobuf.Duration
+	(*NodeInfo)(nil),                  // 36: wasmatrix.v1.NodeInfo
+	(*ProviderSpec)(nil),              // 37: wasmatrix.v1.ProviderSpec
+	(*Peer)(nil),                      // 38: wasmatrix.v1.Peer
+	(*Module)(nil),                    // 39: wasmatrix.v1.Module
+	(*WorkloadSpec)(nil),              // 40: wasmatrix.v1.WorkloadSpec
+	(*CapabilityGrant)(nil),           // 41: wasmatrix.v1.CapabilityGrant
+	(*Error)(nil),                     // 42: wasmatrix.v1.Error
+	(*Node)(nil),                      // 43: wasmatrix.v1.Node
+	(*Instance)(nil),                  // 44: wasmatrix.v1.Instance
+	(*Provider)(nil),                  // 45: wasmatrix.v1.Provider
+	(*CapabilityAssignment)(nil),      // 46: wasmatrix.v1.CapabilityAssignment
+	(*Event)(nil),                     // 47: wasmatrix.v1.Event
 }
 var file_wasmatrix_v1_command_proto_depIdxs = []int32{
-	29, // 0: wasmatrix.v1.Command.time:type_name -> google.protobuf.Timestamp
+	31, // 0: wasmatrix.v1.Command.time:type_name -> google.protobuf.Timestamp
 	1,  // 1: wasmatrix.v1.Command.session:type_name -> wasmatrix.v1.CommandSession
 	2,  // 2: wasmatrix.v1.Command.preconditions:type_name -> wasmatrix.v1.Precondition
 	5,  // 3: wasmatrix.v1.Command.register_node:type_name -> wasmatrix.v1.RegisterNodeCommand
@@ -2666,54 +2805,56 @@ var file_wasmatrix_v1_command_proto_depIdxs = []int32{
 	9,  // 7: wasmatrix.v1.Command.remove_peer:type_name -> wasmatrix.v1.RemovePeerCommand
 	10, // 8: wasmatrix.v1.Command.put_module:type_name -> wasmatrix.v1.PutModuleCommand
 	11, // 9: wasmatrix.v1.Command.create_instances:type_name -> wasmatrix.v1.CreateInstancesCommand
-	12, // 10: wasmatrix.v1.Command.stop_instances:type_name -> wasmatrix.v1.StopInstancesCommand
-	13, // 11: wasmatrix.v1.Command.restart_instances:type_name -> wasmatrix.v1.RestartInstancesCommand
-	14, // 12: wasmatrix.v1.Command.remove_instances:type_name -> wasmatrix.v1.RemoveInstancesCommand
-	16, // 13: wasmatrix.v1.Command.place:type_name -> wasmatrix.v1.PlaceCommand
-	30, // 14: wasmatrix.v1.Command.report_status:type_name -> wasmatrix.v1.ReportStatusRequest
-	17, // 15: wasmatrix.v1.Command.assign_capability:type_name -> wasmatrix.v1.AssignCapabilityCommand
-	18, // 16: wasmatrix.v1.Command.revoke_capability:type_name -> wasmatrix.v1.RevokeCapabilityCommand
-	31, // 17: wasmatrix.v1.Command.record_subscription:type_name -> wasmatrix.v1.RecordSubscriptionRequest
-	19, // 18: wasmatrix.v1.Command.register_provider:type_name -> wasmatrix.v1.RegisterProviderCommand
-	20, // 19: wasmatrix.v1.Command.set_provider_running:type_name -> wasmatrix.v1.SetProviderRunningCommand
-	21, // 20: wasmatrix.v1.Command.update_provider:type_name -> wasmatrix.v1.UpdateProviderCommand
-	22, // 21: wasmatrix.v1.Command.deregister_provider:type_name -> wasmatrix.v1.DeregisterProviderCommand
+	13, // 10: wasmatrix.v1.Command.stop_instances:type_name -> wasmatrix.v1.StopInstancesCommand
+	14, // 11: wasmatrix.v1.Command.restart_instances:type_name -> wasmatrix.v1.RestartInstancesCommand
+	15, // 12: wasmatrix.v1.Command.remove_instances:type_name -> wasmatrix.v1.RemoveInstancesCommand
+	17, // 13: wasmatrix.v1.Command.place:type_name -> wasmatrix.v1.PlaceCommand
+	32, // 14: wasmatrix.v1.Command.report_status:type_name -> wasmatrix.v1.ReportStatusRequest
+	18, // 15: wasmatrix.v1.Command.assign_capability:type_name -> wasmatrix.v1.AssignCapabilityCommand
+	19, // 16: wasmatrix.v1.Command.revoke_capability:type_name -> wasmatrix.v1.RevokeCapabilityCommand
+	33, // 17: wasmatrix.v1.Command.record_subscription:type_name -> wasmatrix.v1.RecordSubscriptionRequest
+	20, // 18: wasmatrix.v1.Command.register_provider:type_name -> wasmatrix.v1.RegisterProviderCommand
+	21, // 19: wasmatrix.v1.Command.set_provider_running:type_name -> wasmatrix.v1.SetProviderRunningCommand
+	22, // 20: wasmatrix.v1.Command.update_provider:type_name -> wasmatrix.v1.UpdateProviderCommand
+	23, // 21: wasmatrix.v1.Command.deregister_provider:type_name -> wasmatrix.v1.DeregisterProviderCommand
 	3,  // 22: wasmatrix.v1.Command.open_session:type_name -> wasmatrix.v1.OpenSessionCommand
 	4,  // 23: wasmatrix.v1.Command.init_cluster:type_name -> wasmatrix.v1.InitClusterCommand
-	32, // 24: wasmatrix.v1.Precondition.assignment:type_name -> wasmatrix.v1.AssignmentKey
-	33, // 25: wasmatrix.v1.OpenSessionCommand.idle_timeout:type_name -> google.protobuf.Duration
-	34, // 26: wasmatrix.v1.RegisterNodeCommand.info:type_name -> wasmatrix.v1.NodeInfo
-	35, // 27: wasmatrix.v1.RegisterNodeCommand.providers:type_name -> wasmatrix.v1.ProviderSpec
-	36, // 28: wasmatrix.v1.PutPeerCommand.peer:type_name -> wasmatrix.v1.Peer
-	37, // 29: wasmatrix.v1.PutModuleCommand.module:type_name -> wasmatrix.v1.Module
-	38, // 30: wasmatrix.v1.CreateInstancesCommand.spec:type_name -> wasmatrix.v1.WorkloadSpec
-	15, // 31: wasmatrix.v1.PlaceCommand.decisions:type_name -> wasmatrix.v1.PlaceDecision
-	39, // 32: wasmatrix.v1.AssignCapabilityCommand.grant:type_name -> wasmatrix.v1.CapabilityGrant
-	35, // 33: wasmatrix.v1.RegisterProviderCommand.spec:type_name -> wasmatrix.v1.ProviderSpec
-	33, // 34: wasmatrix.v1.SetProviderRunningCommand.grace:type_name -> google.protobuf.Duration
-	35, // 35: wasmatrix.v1.UpdateProviderCommand.spec:type_name -> wasmatrix.v1.ProviderSpec
-	40, // 36: wasmatrix.v1.CommandResult.error:type_name -> wasmatrix.v1.Error
-	23, // 37: wasmatrix.v1.DedupRecord.result:type_name -> wasmatrix.v1.CommandResult
-	29, // 38: wasmatrix.v1.DedupRecord.time:type_name -> google.protobuf.Timestamp
-	33, // 39: wasmatrix.v1.ClientSession.idle_timeout:type_name -> google.protobuf.Duration
-	29, // 40: wasmatrix.v1.ClientSession.active_at:type_name -> google.protobuf.Timestamp
-	29, // 41: wasmatrix.v1.SnapshotHeader.time:type_name -> google.protobuf.Timestamp
-	26, // 42: wasmatrix.v1.SnapshotRecord.header:type_name -> wasmatrix.v1.SnapshotHeader
-	41, // 43: wasmatrix.v1.SnapshotRecord.node:type_name -> wasmatrix.v1.Node
-	36, // 44: wasmatrix.v1.SnapshotRecord.peer:type_name -> wasmatrix.v1.Peer
-	37, // 45: wasmatrix.v1.SnapshotRecord.module:type_name -> wasmatrix.v1.Module
-	42, // 46: wasmatrix.v1.SnapshotRecord.instance:type_name -> wasmatrix.v1.Instance
-	43, // 47: wasmatrix.v1.SnapshotRecord.provider:type_name -> wasmatrix.v1.Provider
-	44, // 48: wasmatrix.v1.SnapshotRecord.assignment:type_name -> wasmatrix.v1.CapabilityAssignment
-	45, // 49: wasmatrix.v1.SnapshotRecord.event:type_name -> wasmatrix.v1.Event
-	24, // 50: wasmatrix.v1.SnapshotRecord.dedup:type_name -> wasmatrix.v1.DedupRecord
-	28, // 51: wasmatrix.v1.SnapshotRecord.trailer:type_name -> wasmatrix.v1.SnapshotTrailer
-	25, // 52: wasmatrix.v1.SnapshotRecord.session:type_name -> wasmatrix.v1.ClientSession
-	53, // [53:53] is the sub-list for method output_type
-	53, // [53:53] is the sub-list for method input_type
-	53, // [53:53] is the sub-list for extension type_name
-	53, // [53:53] is the sub-list for extension extendee
-	0,  // [0:53] is the sub-list for field type_name
+	34, // 24: wasmatrix.v1.Precondition.assignment:type_name -> wasmatrix.v1.AssignmentKey
+	35, // 25: wasmatrix.v1.OpenSessionCommand.idle_timeout:type_name -> google.protobuf.Duration
+	36, // 26: wasmatrix.v1.RegisterNodeCommand.info:type_name -> wasmatrix.v1.NodeInfo
+	37, // 27: wasmatrix.v1.RegisterNodeCommand.providers:type_name -> wasmatrix.v1.ProviderSpec
+	38, // 28: wasmatrix.v1.PutPeerCommand.peer:type_name -> wasmatrix.v1.Peer
+	39, // 29: wasmatrix.v1.PutModuleCommand.module:type_name -> wasmatrix.v1.Module
+	40, // 30: wasmatrix.v1.CreateInstancesCommand.spec:type_name -> wasmatrix.v1.WorkloadSpec
+	12, // 31: wasmatrix.v1.CreateInstancesCommand.triggers:type_name -> wasmatrix.v1.TriggerTarget
+	16, // 32: wasmatrix.v1.PlaceCommand.decisions:type_name -> wasmatrix.v1.PlaceDecision
+	41, // 33: wasmatrix.v1.AssignCapabilityCommand.grant:type_name -> wasmatrix.v1.CapabilityGrant
+	37, // 34: wasmatrix.v1.RegisterProviderCommand.spec:type_name -> wasmatrix.v1.ProviderSpec
+	35, // 35: wasmatrix.v1.SetProviderRunningCommand.grace:type_name -> google.protobuf.Duration
+	37, // 36: wasmatrix.v1.UpdateProviderCommand.spec:type_name -> wasmatrix.v1.ProviderSpec
+	42, // 37: wasmatrix.v1.CommandResult.error:type_name -> wasmatrix.v1.Error
+	24, // 38: wasmatrix.v1.DedupRecord.result:type_name -> wasmatrix.v1.CommandResult
+	31, // 39: wasmatrix.v1.DedupRecord.time:type_name -> google.protobuf.Timestamp
+	35, // 40: wasmatrix.v1.ClientSession.idle_timeout:type_name -> google.protobuf.Duration
+	31, // 41: wasmatrix.v1.ClientSession.active_at:type_name -> google.protobuf.Timestamp
+	31, // 42: wasmatrix.v1.SnapshotHeader.time:type_name -> google.protobuf.Timestamp
+	28, // 43: wasmatrix.v1.SnapshotHeader.denials:type_name -> wasmatrix.v1.DenialWindow
+	27, // 44: wasmatrix.v1.SnapshotRecord.header:type_name -> wasmatrix.v1.SnapshotHeader
+	43, // 45: wasmatrix.v1.SnapshotRecord.node:type_name -> wasmatrix.v1.Node
+	38, // 46: wasmatrix.v1.SnapshotRecord.peer:type_name -> wasmatrix.v1.Peer
+	39, // 47: wasmatrix.v1.SnapshotRecord.module:type_name -> wasmatrix.v1.Module
+	44, // 48: wasmatrix.v1.SnapshotRecord.instance:type_name -> wasmatrix.v1.Instance
+	45, // 49: wasmatrix.v1.SnapshotRecord.provider:type_name -> wasmatrix.v1.Provider
+	46, // 50: wasmatrix.v1.SnapshotRecord.assignment:type_name -> wasmatrix.v1.CapabilityAssignment
+	47, // 51: wasmatrix.v1.SnapshotRecord.event:type_name -> wasmatrix.v1.Event
+	25, // 52: wasmatrix.v1.SnapshotRecord.dedup:type_name -> wasmatrix.v1.DedupRecord
+	30, // 53: wasmatrix.v1.SnapshotRecord.trailer:type_name -> wasmatrix.v1.SnapshotTrailer
+	26, // 54: wasmatrix.v1.SnapshotRecord.session:type_name -> wasmatrix.v1.ClientSession
+	55, // [55:55] is the sub-list for method output_type
+	55, // [55:55] is the sub-list for method input_type
+	55, // [55:55] is the sub-list for extension type_name
+	55, // [55:55] is the sub-list for extension extendee
+	0,  // [0:55] is the sub-list for field type_name
 }
 
 func init() { file_wasmatrix_v1_command_proto_init() }
@@ -2758,7 +2899,7 @@ func file_wasmatrix_v1_command_proto_init() {
 		(*Precondition_NodeId)(nil),
 		(*Precondition_Assignment)(nil),
 	}
-	file_wasmatrix_v1_command_proto_msgTypes[27].OneofWrappers = []any{
+	file_wasmatrix_v1_command_proto_msgTypes[29].OneofWrappers = []any{
 		(*SnapshotRecord_Header)(nil),
 		(*SnapshotRecord_Node)(nil),
 		(*SnapshotRecord_Peer)(nil),
@@ -2777,7 +2918,7 @@ func file_wasmatrix_v1_command_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_wasmatrix_v1_command_proto_rawDesc), len(file_wasmatrix_v1_command_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   29,
+			NumMessages:   31,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

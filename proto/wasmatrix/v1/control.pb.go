@@ -3948,7 +3948,7 @@ const file_wasmatrix_v1_control_proto_rawDesc = "" +
 	"capability\x12'\n" +
 	"\toperation\x18\x03 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18?R\toperation\x12$\n" +
 	"\apayload\x18\x04 \x01(\fB\n" +
-	"\xbaH\az\x05\x18\x80\x80\x80\x02R\apayload\x12 \n" +
+	"\xbaH\az\x05\x18\x80\x80\x84\x02R\apayload\x12 \n" +
 	"\x06bucket\x18\x05 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x01R\x06bucket\"0\n" +
 	"\x14CallProviderResponse\x12\x18\n" +
 	"\apayload\x18\x01 \x01(\fR\apayload\"l\n" +

@@ -9,23 +9,24 @@ import (
 	"strconv"
 
 	wasmatrix "github.com/wasmatrix/wasmatrix/guest/go"
+	"github.com/wasmatrix/wasmatrix/guest/go/invoke"
 )
 
-func init() { wasmatrix.HandleInvoke(greet) }
+func init() { invoke.Handle(greet) }
 
 func main() {}
 
-func greet(req wasmatrix.Request) (wasmatrix.Response, error) {
+func greet(req invoke.Request) (invoke.Response, error) {
 	name := string(req.Payload)
 	if name == "" {
 		name = "world"
 	}
 	visits, err := count("visits/" + name)
 	if err != nil {
-		return wasmatrix.Response{}, err
+		return invoke.Response{}, err
 	}
 	wasmatrix.Logger().Info("greeted", "name", name, "visits", visits)
-	return wasmatrix.Response{
+	return invoke.Response{
 		Payload:     fmt.Appendf(nil, "hello, %s: visit %d\n", name, visits),
 		ContentType: "text/plain; charset=utf-8",
 	}, nil
