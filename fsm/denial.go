@@ -2,6 +2,7 @@ package fsm
 
 import (
 	"fmt"
+	"slices"
 
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
 )
@@ -40,7 +41,10 @@ func (t *tx) recordDenials(node *pb.Node, reports []*pb.DenialReport) {
 	var facts []*pb.DenialReport
 	for _, r := range reports {
 		in, ok := t.instance(r.GetInstanceId())
-		if !ok || r.GetCount() == 0 || !held(node, in.GetPlacement(), in.GetPlacement().GetGeneration()) {
+		if !ok || r.GetCount() == 0 {
+			continue
+		}
+		if !held(node, in.GetPlacement(), in.GetPlacement().GetGeneration()) && !t.hosts(node, r.GetProviderId()) {
 			continue
 		}
 		k := denialKey{r.GetInstanceId(), r.GetProviderId(), r.GetNeed()}
@@ -56,6 +60,13 @@ func (t *tx) recordDenials(node *pb.Node, reports []*pb.DenialReport) {
 	for _, r := range facts {
 		t.denied(node, r)
 	}
+}
+
+// hosts reports whether a replica of a provider is placed on a node in its present epoch.
+func (t *tx) hosts(node *pb.Node, provider string) bool {
+	return slices.ContainsFunc(t.replicas(provider), func(p *pb.Provider) bool {
+		return held(node, p.GetPlacement(), p.GetPlacement().GetGeneration())
+	})
 }
 
 // denied records one fact unless there were too many lately. The last one that is

@@ -86,3 +86,16 @@ func TestRefusedCallsCannotPushOtherFactsOut(t *testing.T) {
 		t.Errorf("%d facts in the next minute", n)
 	}
 }
+
+// The agent of a provider's node refuses calls that other nodes should not have
+// let through: those are the ones that somebody must hear of.
+func TestAProvidersNodeTellsOfCallsFromElsewhere(t *testing.T) {
+	b := newBed(t)
+	b.module()
+	b.node("n1", &pb.ProviderSpec{Id: "store", Type: "kv"})
+	b.node("n2")
+	b.running("v", "", "n2")
+	b.news()
+	b.do(b.denials("n1", &pb.DenialReport{InstanceId: "v-1", ProviderId: "store", Need: "kv:read:a", Count: 1}))
+	b.tells("CAPABILITY_DENIED v-1/store: kv:read:a was refused once by provider store")
+}

@@ -36,7 +36,8 @@ type Call struct {
 // after a newer one. So a provider asks Call.Admit where the effect happens, keeps
 // the newest Call.Mark of each instance that it let through, and refuses older
 // ones with Superseded, all in one critical section or transaction. One that
-// keeps its data on disk keeps the marks there too.
+// keeps its data on disk keeps the marks there too, and one whose replicas share a
+// backend keeps them in the backend: calls of one instance may go to any replica.
 type Provider interface {
 	// Invoke serves one call and returns the encoded response message, which
 	// belongs to the caller. Its errors wrap the sentinels of this package. ctx

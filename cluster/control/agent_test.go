@@ -165,6 +165,15 @@ func (a *fakeAgent) FollowLogs(req *pb.FollowLogsRequest, stream grpc.ServerStre
 	}
 }
 
+// refuseInvoke makes the guest itself refuse each call.
+func (a *fakeAgent) refuseInvoke(code pb.ErrorCode) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.invoke = func(_ context.Context, req *pb.InvokeInstanceRequest) (*pb.InvokeInstanceResponse, error) {
+		return nil, apierror.New(code, "no").With(refusedBy, req.GetInstanceId())
+	}
+}
+
 // failInvoke makes all calls of the agent's instances fail.
 func (a *fakeAgent) failInvoke(code pb.ErrorCode) {
 	a.mu.Lock()

@@ -71,6 +71,8 @@ func TestInvokeTriesAnotherReplicaOnlyWhenTheGuestDidNotRun(t *testing.T) {
 		{"unknown there", func(_ *testPeer, a *fakeAgent) { a.failInvoke(pb.ErrorCode_ERROR_CODE_INSTANCE_NOT_FOUND) }, true, pb.ErrorCode_ERROR_CODE_INSTANCE_NOT_FOUND},
 		{"not reached", func(p *testPeer, _ *fakeAgent) { p.connect("bad", unreachable) }, true, pb.ErrorCode_ERROR_CODE_COMMUNICATION_FAILURE},
 		{"reached and then broken", func(_ *testPeer, a *fakeAgent) { a.failInvoke(pb.ErrorCode_ERROR_CODE_COMMUNICATION_FAILURE) }, false, pb.ErrorCode_ERROR_CODE_COMMUNICATION_FAILURE},
+		{"refused by the guest, as if not running", func(_ *testPeer, a *fakeAgent) { a.refuseInvoke(pb.ErrorCode_ERROR_CODE_CONFLICT) }, false, pb.ErrorCode_ERROR_CODE_CONFLICT},
+		{"refused by the guest, as if not reached", func(_ *testPeer, a *fakeAgent) { a.refuseInvoke(pb.ErrorCode_ERROR_CODE_COMMUNICATION_FAILURE) }, false, pb.ErrorCode_ERROR_CODE_COMMUNICATION_FAILURE},
 		{"crashed", func(_ *testPeer, a *fakeAgent) { a.failInvoke(pb.ErrorCode_ERROR_CODE_INTERNAL_ERROR) }, false, pb.ErrorCode_ERROR_CODE_INTERNAL_ERROR},
 		{"out of time", func(_ *testPeer, a *fakeAgent) { a.failInvoke(pb.ErrorCode_ERROR_CODE_TIMEOUT) }, false, pb.ErrorCode_ERROR_CODE_TIMEOUT},
 		{"no handler", func(_ *testPeer, a *fakeAgent) { a.failInvoke(pb.ErrorCode_ERROR_CODE_INVALID_REQUEST) }, false, pb.ErrorCode_ERROR_CODE_INVALID_REQUEST},

@@ -77,6 +77,13 @@ func (k *Kind) Need(operation string, payload []byte) (permission.Need, error) {
 // another writer's value could be lost.
 func (k *Kind) Repeatable(operation string) bool { return operation == opGet || operation == opList }
 
+// Overlapping reports true for a server outside: all data and marks are there, and
+// replicas of the provider share them all the time.
+func (k *Kind) Overlapping(old, next provider.Config) bool {
+	outside := func(driver string) bool { return driver == "redis" || driver == "nats" }
+	return outside(old.Driver) && outside(next.Driver)
+}
+
 // Open opens a provider. Its errors are ErrInvalid for a wrong driver or
 // setting, ErrUnavailable when another process has the file open, ErrExhausted
 // on a full disk, and ErrInternal for a damaged file.

@@ -29,6 +29,7 @@ func TestNatsConforms(t *testing.T) {
 // Three servers keep each write on two of them at least; what is not the leader
 // answers no read.
 func TestNatsClusterConforms(t *testing.T) {
+	t.Parallel()
 	var routes, clients []string
 	for range 3 {
 		routes, clients = append(routes, freeAddress(t)), append(clients, "")

@@ -172,6 +172,7 @@ func surviveOutages(t *testing.T, s *process, p provider.Provider) {
 }
 
 func TestRedisKilledAndStartedUnderLoad(t *testing.T) {
+	t.Parallel()
 	s := redisServer(t)
 	p := open(t, nil, provider.Config{ID: "kv", Driver: "redis", Settings: map[string]string{"url": "redis://" + s.address, "timeout": "500ms"}})
 	surviveOutages(t, s, p)
@@ -181,6 +182,7 @@ func TestRedisKilledAndStartedUnderLoad(t *testing.T) {
 }
 
 func TestNatsKilledAndStartedUnderLoad(t *testing.T) {
+	t.Parallel()
 	s := natsServer(t)
 	p := open(t, nil, provider.Config{ID: "kv", Driver: "nats", Settings: map[string]string{"url": "nats://" + s.address, "timeout": "500ms"}})
 	surviveOutages(t, s, p)

@@ -53,6 +53,7 @@ func TestRedisClusterConforms(t *testing.T) {
 }
 
 func TestRedisRemovesExpiredKeys(t *testing.T) {
+	t.Parallel()
 	s := redisServer(t, "--appendonly", "no")
 	c := redisClient(t, s)
 	var nanos atomic.Int64

@@ -21,6 +21,10 @@ const consumerPrefix = "wasmatrix-"
 // before it gets no others.
 const waitingAcks = 1000
 
+// pullHeartbeat is how often the server says that it still has the question. After
+// twice that in silence, as when it was killed and came back, it is asked anew.
+const pullHeartbeat = time.Second
+
 // consumerName names the durable consumer of a subscription: whoever delivers for
 // the provider next goes on with it.
 func consumerName(k key) string {
@@ -69,7 +73,7 @@ func (k *keptSource) pull() error {
 		if n == 0 {
 			return nil
 		}
-		batch, err := k.consumer.Fetch(n, jetstream.FetchContext(k.s.taking))
+		batch, err := k.consumer.Fetch(n, jetstream.FetchContext(k.s.taking), jetstream.FetchHeartbeat(pullHeartbeat))
 		if err != nil {
 			k.release(n)
 			return err

@@ -77,6 +77,9 @@ func (k *Kind) Need(operation string, payload []byte) (permission.Need, error) {
 	return t.need, nil
 }
 
+// Overlapping reports true: nothing is kept on the node.
+func (k *Kind) Overlapping(_, _ provider.Config) bool { return true }
+
 // Open opens a provider. It fails with ErrInvalid for a wrong driver or setting.
 // It connects to nothing.
 func (k *Kind) Open(_ context.Context, cfg provider.Config) (provider.Provider, error) {

@@ -6,8 +6,6 @@ import (
 	"context"
 	"fmt"
 	"os"
-	"os/exec"
-	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -53,7 +51,7 @@ func nodeLossCluster(t *testing.T) *harness.Cluster {
 func startLedger(t *testing.T, c *harness.Cluster, name string, change ...func(*pb.WorkloadSpec)) *ledger {
 	t.Helper()
 	ctx := c.Context(time.Minute)
-	module, err := c.Client.UploadModuleFile(ctx, ledgerModule(t))
+	module, err := c.Client.UploadModuleFile(ctx, goGuest(t, "ledger"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -71,19 +69,6 @@ func startLedger(t *testing.T, c *harness.Cluster, name string, change ...func(*
 	l := &ledger{Cluster: c, t: t, name: name, id: started.Instances[0].Id}
 	l.waitEffect(1)
 	return l
-}
-
-// ledgerModule builds the guest, which is not among those that users get.
-func ledgerModule(t *testing.T) string {
-	t.Helper()
-	path := filepath.Join(t.TempDir(), "ledger.wasm")
-	cmd := exec.CommandContext(t.Context(), "go", "build", "-trimpath", "-ldflags", "-s -w", "-o", path, "./internal/ledger")
-	cmd.Dir = "../../guest/go"
-	cmd.Env = append(os.Environ(), "GOOS=wasip1", "GOARCH=wasm")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("build the ledger guest: %v\n%s", err, out)
-	}
-	return path
 }
 
 // kv calls the provider as a user, in the ledger's bucket.

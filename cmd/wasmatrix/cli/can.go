@@ -18,7 +18,10 @@ func (a *app) newCan() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "can NAME PERMISSION", Short: "tell whether instances may do something, and by which permission",
 		Long: `Tells for each replica, and for each provider that it could do it on, whether it may
-and which permission says so. Exit code 0 when every replica may, 5 when one may not.`,
+and which permission says so. Exit code 0 when every replica may, 5 when one may not.
+
+Of http it tells about the host as it is written. To which addresses a host leads
+is found with each request, and private ones take a rule that names them.`,
 		Example: `  wasmatrix can hello kv:read:orders/17
   wasmatrix can greeter http:domain:example.com:443
   wasmatrix can orders msg:publish:orders.stored

@@ -31,7 +31,7 @@ type Response struct {
 }
 
 // Handler answers one call. A returned *wasmatrix.Error reaches the caller with
-// its code, details and the text of the whole error; any other error reaches it
+// its code and the text of the whole error; any other error reaches it
 // as INTERNAL_ERROR.
 type Handler func(Request) (Response, error)
 

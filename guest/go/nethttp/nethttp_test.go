@@ -30,13 +30,13 @@ func TestClientFollowsRedirectsStepByStep(t *testing.T) {
 	}
 	defer resp.Body.Close()
 	body, err := io.ReadAll(resp.Body)
-	if err != nil || string(body) != "there" || resp.StatusCode != 200 || resp.Status != "200 OK" || resp.Request.URL.Path != "/to" {
+	if err != nil || string(body) != "there" || resp.StatusCode != http.StatusOK || resp.Status != "200 OK" || resp.Request.URL.Path != "/to" {
 		t.Errorf("got %s %q at %s, %v", resp.Status, body, resp.Request.URL, err)
 	}
 	if got := resp.Header["X-A"]; !reflect.DeepEqual(got, []string{"1", "2"}) {
 		t.Errorf("header fields %v", resp.Header)
 	}
-	if len(asked) != 2 || asked[0].Method != "POST" || string(asked[0].Body) != "sent" || asked[1].Method != "GET" || asked[1].URL != "http://h/to" {
+	if len(asked) != 2 || asked[0].Method != http.MethodPost || string(asked[0].Body) != "sent" || asked[1].Method != http.MethodGet || asked[1].URL != "http://h/to" {
 		t.Fatalf("the provider was asked for %+v", asked)
 	}
 	for _, r := range asked {
