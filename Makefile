@@ -24,7 +24,7 @@ demo: build guests ## three nodes as real processes, a guest, a killed leader: s
 	$(GO) run ./test/demo -binary $(BIN) -guests build/guests
 
 # Packages whose tests need the built binary, or are a lane of their own.
-LANES := /test/e2e|/test/corruption|/test/chaos|/test/sim
+LANES := /test/e2e|/test/capability|/test/corruption|/test/chaos|/test/sim
 ON_BINARY := WASMATRIX_BINARY=$(CURDIR)/$(BIN) WASMATRIX_GUESTS=$(CURDIR)/build/guests
 
 .PHONY: build

@@ -71,10 +71,35 @@ func TestDamagedEntriesAreNoticed(t *testing.T) {
 			if reported.Load() != 1 {
 				t.Errorf("reported %d times", reported.Load())
 			}
-			if err := (&storage{logs: logs}).verify(); !errors.Is(err, ErrCorrupt) {
+			if err := (&storage{logs: logs, snapshots: raft.NewInmemSnapshotStore()}).verify(); !errors.Is(err, ErrCorrupt) {
 				t.Errorf("verify: %v", err)
 			}
 		})
+	}
+}
+
+// A restored snapshot leaves a hole in the log; one above it is damage.
+func TestAHoleInTheLogIsDamageUnlessASnapshotHoldsIt(t *testing.T) {
+	for held, want := range map[uint64]error{0: ErrCorrupt, 2: ErrCorrupt, 3: nil} {
+		store, snapshots := raft.NewInmemStore(), raft.NewInmemSnapshotStore()
+		logs := &checkedLogs{LogStore: store, watch: testWatch()}
+		for _, index := range []uint64{1, 2, 4} {
+			if err := logs.StoreLog(&raft.Log{Index: index, Term: 2, Data: []byte("data")}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if held > 0 {
+			sink, err := snapshots.Create(raft.SnapshotVersionMax, held, 2, raft.Configuration{}, 0, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := sink.Close(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := (&storage{logs: logs, snapshots: snapshots}).verify(); !errors.Is(err, want) {
+			t.Errorf("with a snapshot up to %d: %v, want %v", held, err, want)
+		}
 	}
 }
 
