@@ -100,8 +100,8 @@ func keys(ctx context.Context, c *harness.Cluster, provider, bucket, prefix stri
 func messagingKind() kind {
 	return kind{
 		name: "messaging", tags: "messaging", twice: true,
-		spec:        &pb.ProviderSpec{Type: "messaging", Config: map[string]string{"durable": "true"}},
-		update:      map[string]string{"durable": "true", "max_in_flight": "32"},
+		spec:        &pb.ProviderSpec{Type: "messaging", Config: map[string]string{"durable": "true", "ack_wait": "2s"}},
+		update:      map[string]string{"durable": "true", "ack_wait": "2s", "max_in_flight": "32"},
 		permissions: slices.Concat(baseMessaging, []string{"msg:publish:life"}),
 		do: func(ctx context.Context, r *relay, id string) error {
 			return r.call(ctx, "messaging/publish", &pb.MsgPublishRequest{Subject: "life", Payload: []byte(id)}, &pb.MsgPublishResponse{})

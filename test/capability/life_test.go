@@ -296,6 +296,7 @@ func TestDrainUnderCallsInFlight(t *testing.T) {
 					Name: "relay-" + id, Placement: &pb.PlacementRules{Node: node}, Replicas: 4,
 					Capabilities: k.grants(id), Limits: &pb.InstanceLimits{Concurrency: inFlight/4 + 10},
 				})
+				r.evenly = true // each instance is bounded
 				drain(t, &k, r, id, inFlight)
 				r.unharmed()
 			})

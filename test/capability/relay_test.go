@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -79,6 +80,17 @@ type relay struct {
 	t         *testing.T
 	name      string
 	instances []*pb.Instance
+	// evenly has the calls go to the instances in turn, not to any of them.
+	evenly bool
+	turn   atomic.Uint64
+}
+
+// target returns what is to be invoked next.
+func (r *relay) target() string {
+	if !r.evenly {
+		return r.name
+	}
+	return r.instances[r.turn.Add(1)%uint64(len(r.instances))].Id
 }
 
 // startRelay starts a relay that imports the capabilities of tags, and waits until
@@ -135,7 +147,7 @@ func (r *relay) repeat(ctx context.Context, function string, times int, req, res
 		return 0, err
 	}
 	answer, err := r.Client.Invoke(ctx, &pb.InvokeRequest{
-		Target: r.name, Payload: append([]byte(function+" "+strconv.Itoa(times)+"\n"), message...),
+		Target: r.target(), Payload: append([]byte(function+" "+strconv.Itoa(times)+"\n"), message...),
 	})
 	if err != nil {
 		return 0, errNoAnswer{err}
