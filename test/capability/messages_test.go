@@ -17,9 +17,10 @@ import (
 )
 
 // TestMessagesSurviveAKilledReplica publishes messages that two replicas share,
-// and kills the node of one in the middle. In durable mode none is lost; in plain
-// mode those that were on their way to the killed replica may be. Each replica
-// notes what it has handled in a provider. WASMATRIX_MESSAGES is how many.
+// and kills the node of one in the middle. None is lost: a message that was on its
+// way to the killed replica goes to the other one, in plain mode too, for the
+// provider lives. Each replica notes what it has handled in another provider.
+// WASMATRIX_MESSAGES is how many.
 func TestMessagesSurviveAKilledReplica(t *testing.T) {
 	total := rounds(t, "WASMATRIX_MESSAGES", 3000)
 	for _, mode := range []struct {
@@ -76,19 +77,8 @@ func TestMessagesSurviveAKilledReplica(t *testing.T) {
 			}
 			ctx, cancel := context.WithTimeout(t.Context(), settleTime+time.Duration(total)*time.Millisecond)
 			defer cancel()
-			if mode.durable {
-				if err := harness.Until(ctx, "all acknowledged messages to be handled", seen); err != nil {
-					t.Fatal(err)
-				}
-			} else if err := harness.Until(ctx, "most messages to be handled", func(ctx context.Context) error {
-				// What may be lost is what was under way to one replica: at most 64 in
-				// handlers, and as many on their way back into the buffer.
-				if err := seen(ctx); err != nil && lost > 2*64 {
-					return err
-				}
-				return nil
-			}); err != nil {
-				t.Fatal(err)
+			if err := harness.Until(ctx, "all acknowledged messages to be handled", seen); err != nil {
+				t.Error(err)
 			}
 			t.Logf("%s: %d messages acknowledged, %d refused, %d lost, one of two replicas killed, %s",
 				mode.name, len(acked), failed, lost, time.Since(began).Round(time.Millisecond))
