@@ -91,7 +91,10 @@ func TestOnlyTheFirstReplyCounts(t *testing.T) {
 			t.Fatalf("got %q, %v", got, err)
 		}
 	}
-	if n := len(serviceOf(w).replies.waiting); n != 0 {
+	r := serviceOf(w).replies
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if n := len(r.waiting); n != 0 {
 		t.Errorf("%d requests are still waited for", n)
 	}
 }
