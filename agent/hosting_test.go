@@ -94,10 +94,9 @@ type memoKind struct {
 	closed int
 }
 
-func (k *memoKind) Type() string                          { return "kv" }
-func (k *memoKind) Target(string, []byte) (string, error) { return "", nil }
-func (k *memoKind) Need(string, []byte) (permission.Need, error) {
-	return permission.Need{Capability: "kv", Action: "read", Resource: "key"}, nil
+func (k *memoKind) Type() string { return "kv" }
+func (k *memoKind) Demand(string, []byte) (provider.Demand, error) {
+	return provider.Demand{Need: permission.Need{Capability: "kv", Action: "read", Resource: "key"}}, nil
 }
 
 func (k *memoKind) Open(_ context.Context, cfg provider.Config) (provider.Provider, error) {

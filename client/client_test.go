@@ -184,7 +184,7 @@ func TestInvokeIsNotRepeatedWhenThePeerDiesUnderIt(t *testing.T) {
 
 func TestGivingUpExplainsItself(t *testing.T) {
 	w := newWorld(t)
-	ctx, cancel := context.WithTimeout(correlation.With(t.Context(), "cid-1"), 300*time.Millisecond)
+	ctx, cancel := context.WithTimeout(correlation.With(t.Context(), "cid-1"), time.Second)
 	defer cancel()
 
 	dead := deadAddress(t)
@@ -199,19 +199,38 @@ func TestGivingUpExplainsItself(t *testing.T) {
 	}
 
 	p := w.peer(t, "n1").answers(func(string, int) error { return noLeader() })
-	c := w.client(t, client.Config{Addresses: []string{p.address}, Timeout: 300 * time.Millisecond})
+	c := w.client(t, client.Config{Addresses: []string{p.address}, Timeout: 2 * time.Second})
 	got = apierror.From(stop(t, t.Context(), c)).Proto(t.Context())
 	if got.GetCode() != pb.ErrorCode_ERROR_CODE_NO_LEADER || got.GetDetails()["quorum"] != "2" || got.GetDetails()["gave up after"] == "" || got.GetNextStep() != "start n1 or n3" {
 		t.Errorf("no leader: got %v", got)
 	}
 	if n := p.count("stop"); n < 3 {
-		t.Errorf("only %d attempts in 300 ms", n)
+		t.Errorf("only %d attempts in two seconds", n)
 	}
 
 	cancelled, stopNow := context.WithCancel(t.Context())
 	stopNow()
 	if err := stop(t, cancelled, c); !errors.Is(err, context.Canceled) {
 		t.Errorf("cancelled: got %v, want context.Canceled", err)
+	}
+}
+
+// A peer sees the deadline of a call by its own clock.
+func TestAPeerThatGivesUpFirstHidesNoReason(t *testing.T) {
+	w := newWorld(t)
+	const timeout = time.Second
+	p := w.peer(t, "n1")
+	ends := time.Now().Add(timeout)
+	p.answers(func(_ string, n int) error {
+		if n == 1 {
+			return noLeader()
+		}
+		<-time.After(time.Until(ends.Add(-10 * time.Millisecond)))
+		return apierror.New(pb.ErrorCode_ERROR_CODE_TIMEOUT, "context deadline exceeded")
+	})
+	err := stop(t, t.Context(), w.client(t, client.Config{Addresses: []string{p.address}, Timeout: timeout}))
+	if got := apierror.From(err); got.Code() != pb.ErrorCode_ERROR_CODE_NO_LEADER || got.Detail("gave up after") == "" {
+		t.Errorf("got %v", err)
 	}
 }
 

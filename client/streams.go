@@ -84,10 +84,6 @@ func (c *Client) SubscribeMessages(ctx context.Context, req *pb.SubscribeMessage
 	}
 }
 
-// deadlineSlack is how much earlier than the caller itself a peer may notice that
-// the caller's time is over.
-const deadlineSlack = 50 * time.Millisecond
-
 // follow hands every message of a stream to each, and opens the stream anew
 // when it broke, until each returns false or there is an error for fail. What a
 // clean end of the stream means is said by reopen.
@@ -113,8 +109,8 @@ func follow[M any](ctx context.Context, patience time.Duration, reopen bool,
 			failingSince = time.Now()
 		}
 		ended := errors.Is(err, io.EOF)
-		if deadline, has := ctx.Deadline(); has && !ended && time.Until(deadline) < deadlineSlack {
-			<-ctx.Done()
+		if !ended {
+			awaitDeadline(ctx)
 		}
 		switch {
 		case ctx.Err() != nil:
@@ -126,7 +122,7 @@ func follow[M any](ctx context.Context, patience time.Duration, reopen bool,
 			fail(err)
 			return
 		}
-		if !pause(ctx, round) {
+		if !rest(ctx, round) {
 			fail(ctx.Err())
 			return
 		}

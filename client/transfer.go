@@ -57,7 +57,7 @@ func (c *Client) UploadModule(ctx context.Context, name string, r io.Reader, siz
 		}
 		// A module that is stored twice is the same module: an upload needs no session.
 		attempts.Note(apierror.OfWrite(ctx, err, ""))
-		if !seekable || !transient(err) || time.Since(began) > c.transport.timeout || !pause(ctx, round) {
+		if !seekable || !transient(err) || time.Since(began) > c.transport.timeout || !rest(ctx, round) {
 			if _, own := errors.AsType[*apierror.Error](err); !own {
 				return nil, err
 			}

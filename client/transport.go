@@ -15,6 +15,7 @@ import (
 
 	"github.com/wasmatrix/wasmatrix/apierror"
 	"github.com/wasmatrix/wasmatrix/correlation"
+	"github.com/wasmatrix/wasmatrix/internal/pause"
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
 )
 
@@ -182,7 +183,7 @@ func (t *transport) try(ctx context.Context, pl plan, call func(context.Context,
 		if err := seen.refusedByAll(ctx, peers); err != nil {
 			return err
 		}
-		if !pause(ctx, round) {
+		if !rest(ctx, round) {
 			return seen.gaveUp(ctx, time.Since(began))
 		}
 	}
@@ -202,8 +203,23 @@ func attemptAt(ctx context.Context, p *peer, rule repeat, limit time.Duration, c
 		return false, true, nil
 	}
 	sent = a.sent.Load()
+	if apierror.CodeOf(err) == pb.ErrorCode_ERROR_CODE_TIMEOUT {
+		awaitDeadline(attemptCtx)
+	}
 	hung := attemptCtx.Err() != nil && ctx.Err() == nil
 	return hung || rule.mayRepeat(err, sent), sent, err
+}
+
+// deadlineSlack is how much earlier than the caller itself a peer may notice that
+// the caller's time is over.
+const deadlineSlack = 50 * time.Millisecond
+
+// awaitDeadline waits for the deadline of a call that ended a moment before it: then
+// it is this deadline that the peer speaks of.
+func awaitDeadline(ctx context.Context) {
+	if deadline, limited := ctx.Deadline(); limited && time.Until(deadline) < deadlineSlack {
+		<-ctx.Done()
+	}
 }
 
 // attempt is what one attempt is known to have done.
@@ -236,22 +252,14 @@ func (sentNotes) TagConn(ctx context.Context, _ *stats.ConnTagInfo) context.Cont
 // HandleConn does nothing.
 func (sentNotes) HandleConn(context.Context, stats.ConnStats) {}
 
-// pause waits after a round, longer each time and never in step with other
+// rest waits after a round, longer each time and never in step with other
 // clients. It reports false when ctx ended first.
-func pause(ctx context.Context, round int) bool {
+func rest(ctx context.Context, round int) bool {
 	d := maxPause
 	if round < 4 {
 		d = minPause << round
 	}
-	d = d/2 + rand.N(d/2+1)
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-ctx.Done():
-		return false
-	case <-timer.C:
-		return true
-	}
+	return pause.For(ctx, d/2+rand.N(d/2+1))
 }
 
 func withDefaultTimeout(ctx context.Context, d time.Duration) (context.Context, context.CancelFunc) {

@@ -36,6 +36,8 @@ type Directory struct {
 
 	// turns counts the changes to instances. It is written under mu.
 	turns atomic.Uint64
+	// version counts all changes. It is written under mu.
+	version atomic.Uint64
 }
 
 // NewDirectory returns an empty directory of the node self.
@@ -71,6 +73,7 @@ func (d *Directory) change(f func()) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	f()
+	d.version.Add(1)
 	if d.changed != nil {
 		close(d.changed)
 		d.changed = nil

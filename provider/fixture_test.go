@@ -22,21 +22,16 @@ type fakeKind struct {
 
 func (k *fakeKind) Type() string { return k.typ }
 
-func (k *fakeKind) Target(_ string, payload []byte) (string, error) {
-	target, _, ok := strings.Cut(string(payload), "|")
+func (k *fakeKind) Demand(operation string, payload []byte) (provider.Demand, error) {
+	target, key, ok := strings.Cut(string(payload), "|")
 	if !ok {
-		return "", provider.Errorf(provider.ErrInvalid, "malformed")
+		return provider.Demand{}, provider.Errorf(provider.ErrInvalid, "malformed")
 	}
-	return target, nil
-}
-
-func (k *fakeKind) Need(operation string, payload []byte) (permission.Need, error) {
-	_, key, _ := strings.Cut(string(payload), "|")
 	action, ok := map[string]string{"get": "read", "set": "write"}[operation]
 	if !ok {
-		return permission.Need{}, provider.Errorf(provider.ErrInvalid, "operation %q is unknown", operation)
+		return provider.Demand{}, provider.Errorf(provider.ErrInvalid, "operation %q is unknown", operation)
 	}
-	return permission.Need{Capability: k.typ, Action: action, Resource: key}, nil
+	return provider.Demand{Provider: target, Need: permission.Need{Capability: k.typ, Action: action, Resource: key}}, nil
 }
 
 func (k *fakeKind) Repeatable(operation string) bool { return operation == "get" }

@@ -213,7 +213,7 @@ func (r *Router) revisit(ctx context.Context, list []candidate, provider string)
 			continue
 		}
 		if done, err := c.path.breaker.Allow(); err == nil {
-			r.crew.run(func() { done(r.paths.ask(ctx, &c, provider)) })
+			r.crew.Run(func() { done(r.paths.ask(ctx, &c, provider)) })
 		}
 	}
 }

@@ -16,6 +16,9 @@ type Port struct {
 	router *Router
 	caller Caller
 	tenure Tenure
+	// known are the facts of the last call of each kind: most are for the same
+	// provider as the one before, and the directory has learnt nothing meanwhile.
+	known []atomic.Pointer[knownFacts]
 	// ended is set when the instance makes no calls any more.
 	ended atomic.Bool
 
@@ -41,6 +44,27 @@ func (p *Port) End() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.ended.Store(true)
+}
+
+// knownFacts are Facts and what they answer to.
+type knownFacts struct {
+	Facts
+
+	version  uint64 // the directory's
+	provider string // as the call named it
+}
+
+// facts returns what Directory.Facts does, without asking again while the directory
+// has not changed.
+func (p *Port) facts(kind *servedKind, provider string) *Facts {
+	d := p.router.directory
+	version := d.version.Load() // before looking: what changes meanwhile makes them old
+	k := p.known[kind.at].Load()
+	if k == nil || k.version != version || k.provider != provider {
+		k = &knownFacts{Facts: d.Facts(p.caller.Instance, kind.Type(), provider), version: version, provider: provider}
+		p.known[kind.at].Store(k)
+	}
+	return &k.Facts
 }
 
 // alive refuses a call once the instance has ended or its tenure has.
@@ -183,7 +207,7 @@ func (p *Port) fly(ctx context.Context, address string, call RemoteCall, left ti
 	}
 	call.Payload = slices.Clone(call.Payload) // it is the caller's, who may be gone
 	landed := make(chan outcome, 1)
-	p.router.crew.run(func() {
+	p.router.crew.Run(func() {
 		detached, cancel := context.WithTimeout(context.WithoutCancel(ctx), left)
 		defer cancel()
 		var o outcome

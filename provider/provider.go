@@ -70,16 +70,22 @@ type Config struct {
 // DefaultStopGrace is how long calls in flight may go on when their provider stops.
 const DefaultStopGrace = 10 * time.Second
 
+// Demand is what a request asks for.
+type Demand struct {
+	// Provider is the id of the provider that it names, or "" for the only one granted.
+	Provider string
+	// Need is the permission that it needs.
+	Need permission.Need
+}
+
 // Kind knows one type of provider without running one.
 type Kind interface {
 	// Type is the capability's name, and but for "provider", which providers of
 	// type "external" serve, the provider type too: "kv".
 	Type() string
-	// Target returns the provider id that the request names, or "" for the only one granted.
-	Target(operation string, payload []byte) (string, error)
-	// Need checks that the request is well-formed and returns the permission it
-	// needs. It fails with ErrInvalid.
-	Need(operation string, payload []byte) (permission.Need, error)
+	// Demand checks that the request is well-formed and returns what it asks for. It
+	// fails with ErrInvalid.
+	Demand(operation string, payload []byte) (Demand, error)
 	// Open opens a provider; its Close ends what Open started. Its errors say
 	// which setting is wrong and how to mend it.
 	Open(ctx context.Context, cfg Config) (Provider, error)

@@ -5,10 +5,12 @@ import (
 	"errors"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/wasmatrix/wasmatrix/internal/crew"
 	"github.com/wasmatrix/wasmatrix/permission"
 )
 
@@ -87,15 +89,22 @@ type RouterConfig struct {
 type Router struct {
 	directory *Directory
 	host      *Host
-	kinds     map[string]Kind
+	kinds     map[string]*servedKind
 	remote    Remote
 	paths     *paths
-	crew      *crew
+	crew      *crew.Crew
 	denied    func(context.Context, Denial)
 	metrics   *metrics
 	clock     Clock
 	settle    time.Duration
 	settling  chan struct{} // one token for each call that may wait
+}
+
+// servedKind is a Kind and its place among a Router's.
+type servedKind struct {
+	Kind
+
+	at int
 }
 
 // NewRouter returns a Router. It fails when the metrics cannot be registered.
@@ -107,15 +116,18 @@ func NewRouter(cfg RouterConfig) (*Router, error) {
 	r := &Router{
 		directory: cfg.Directory,
 		host:      cfg.Host,
-		kinds:     byType(cfg.Kinds),
+		kinds:     make(map[string]*servedKind, len(cfg.Kinds)),
 		remote:    cfg.Remote,
 		paths:     newPaths(cfg.Remote),
-		crew:      newCrew(),
+		crew:      crew.New(),
 		denied:    cfg.Denied,
 		metrics:   m,
 		clock:     cfg.Clock,
 		settle:    cfg.SettleWithin,
 		settling:  make(chan struct{}, maxSettling),
+	}
+	for i, kind := range cfg.Kinds {
+		r.kinds[kind.Type()] = &servedKind{Kind: kind, at: i}
 	}
 	if r.clock == nil {
 		r.clock = monotonic()
@@ -129,9 +141,10 @@ func NewRouter(cfg RouterConfig) (*Router, error) {
 // Port returns the view that one instance on this node has of its providers.
 // nodeEpoch is that of the instance's placement.
 func (r *Router) Port(instance string, generation, nodeEpoch uint64) *Port {
-	return &Port{router: r, caller: Caller{
-		Instance: instance, Generation: generation, NodeEpoch: nodeEpoch, Node: r.directory.Self(),
-	}}
+	return &Port{
+		router: r, known: make([]atomic.Pointer[knownFacts], len(r.kinds)),
+		caller: Caller{Instance: instance, Generation: generation, NodeEpoch: nodeEpoch, Node: r.directory.Self()},
+	}
 }
 
 // Call makes one capability call: capability is "kv", operation the imported
@@ -160,11 +173,7 @@ func (p *Port) call(ctx context.Context, capability, operation string, payload [
 		return nil, Errorf(ErrInvalid, "capability %q is unknown; expected %s", capability, r.known()).
 			With("capability", capability)
 	}
-	target, err := kind.Target(operation, payload)
-	if err != nil {
-		return nil, err
-	}
-	need, err := r.need(kind, operation, payload, known)
+	demand, err := r.demand(kind, operation, payload, known)
 	if err != nil {
 		return nil, err
 	}
@@ -174,15 +183,15 @@ func (p *Port) call(ctx context.Context, capability, operation string, payload [
 	if p.ended.Load() {
 		return nil, p.alive()
 	}
-	f := r.directory.Facts(p.caller.Instance, capability, target)
+	target := demand.Provider
+	f := p.facts(kind, target)
 	if target == "" && f.Candidates != 1 {
-		return nil, r.refuseChoice(&f, &p.caller, need)
+		return nil, r.refuseChoice(f, &p.caller, demand.Need)
 	}
 	if target == "" {
 		target = f.Assignment.Provider
 	}
-	need = of(need, target)
-	grant, err := Decide(&f, &p.caller, target, need)
+	grant, err := Decide(f, &p.caller, target, of(demand.Need, target))
 	if err != nil {
 		return nil, err
 	}
@@ -193,12 +202,12 @@ func (p *Port) call(ctx context.Context, capability, operation string, payload [
 	}
 	if f.Provider.Node == p.caller.Node {
 		answer, err := r.host.Invoke(ctx, target, capability, call)
-		if err == nil || len(f.Replicas) < 2 || !elsewhere(err, repeatable(kind, operation)) {
+		if err == nil || len(f.Replicas) < 2 || !elsewhere(err, repeatable(kind.Kind, operation)) {
 			return answer, err
 		}
-		return p.callAway(ctx, &f, kind, call, err)
+		return p.callAway(ctx, f, kind.Kind, call, err)
 	}
-	return p.callAway(ctx, &f, kind, call, nil)
+	return p.callAway(ctx, f, kind.Kind, call, nil)
 }
 
 // of completes a need of an external provider: its resource is the provider, which
@@ -218,19 +227,19 @@ func repeatable(kind Kind, operation string) bool {
 // Now reads the clock that calls are limited by.
 func (r *Router) Now() time.Duration { return r.clock() }
 
-// need asks the kind, and learns an operation that is not known yet for the metrics.
-func (r *Router) need(kind Kind, operation string, payload []byte, known bool) (permission.Need, error) {
-	need, err := kind.Need(operation, payload)
+// demand asks the kind, and learns an operation that is not known yet for the metrics.
+func (r *Router) demand(kind Kind, operation string, payload []byte, known bool) (Demand, error) {
+	d, err := kind.Demand(operation, payload)
 	if err != nil {
-		return permission.Need{}, err
+		return Demand{}, err
 	}
-	if need.Capability != kind.Type() {
-		return permission.Need{}, Errorf(ErrInternal, "capability %s asked for a permission of %q", kind.Type(), need.Capability)
+	if d.Need.Capability != kind.Type() {
+		return Demand{}, Errorf(ErrInternal, "capability %s asked for a permission of %q", kind.Type(), d.Need.Capability)
 	}
 	if !known {
-		r.metrics.learn(need.Capability, operation)
+		r.metrics.learn(d.Need.Capability, operation)
 	}
-	return need, nil
+	return d, nil
 }
 
 // refuseChoice is for a call that names no provider where there is not exactly one.

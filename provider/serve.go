@@ -44,18 +44,14 @@ func (r *Router) serve(ctx context.Context, caller *Caller, req *Request) ([]byt
 		return nil, Errorf(ErrInvalid, "capability %q is unknown; expected %s", req.Capability, r.known()).
 			With("capability", req.Capability)
 	}
-	target, err := kind.Target(req.Operation, req.Payload)
+	demand, err := r.demand(kind, req.Operation, req.Payload, r.metrics.of(req.Capability, req.Operation) != nil)
 	if err != nil {
 		return nil, err
 	}
-	if req.Provider == "" || target != "" && target != req.Provider {
-		return nil, Errorf(ErrInvalid, "the call is for provider %q and its payload for %q", req.Provider, target)
+	if req.Provider == "" || demand.Provider != "" && demand.Provider != req.Provider {
+		return nil, Errorf(ErrInvalid, "the call is for provider %q and its payload for %q", req.Provider, demand.Provider)
 	}
-	need, err := r.need(kind, req.Operation, req.Payload, r.metrics.of(req.Capability, req.Operation) != nil)
-	if err != nil {
-		return nil, err
-	}
-	f, grant, err := r.decideHere(ctx, caller, req.Provider, of(need, req.Provider))
+	f, grant, err := r.decideHere(ctx, caller, req.Provider, of(demand.Need, req.Provider))
 	if err != nil {
 		return nil, err
 	}

@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/protobuf/types/known/durationpb"
 
+	"github.com/wasmatrix/wasmatrix/internal/pause"
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
 )
 
@@ -214,7 +215,7 @@ func (r *logReader) run(ctx context.Context) {
 				return
 			}
 		}
-		wait(ctx, retry)
+		pause.For(ctx, retry)
 	}
 }
 
@@ -268,14 +269,5 @@ func (r *logReader) waitRecord(ctx context.Context, modified uint64) {
 		if r.f.h.waitChange(ctx, view) != nil {
 			return
 		}
-	}
-}
-
-func wait(ctx context.Context, d time.Duration) {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-ctx.Done():
-	case <-timer.C:
 	}
 }

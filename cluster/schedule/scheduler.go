@@ -11,6 +11,7 @@ import (
 
 	"github.com/wasmatrix/wasmatrix/apierror"
 	"github.com/wasmatrix/wasmatrix/fsm"
+	"github.com/wasmatrix/wasmatrix/internal/pause"
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
 )
 
@@ -108,8 +109,8 @@ func (s *Scheduler) Run(ctx context.Context) error {
 		default:
 			s.log.ErrorContext(ctx, "decisions were not committed", "decisions", len(decisions), "retry_in", backoff, "error", err)
 			p.forget(decisions)
-			if err := sleep(ctx, backoff); err != nil {
-				return err
+			if !pause.For(ctx, backoff) {
+				return ctx.Err()
 			}
 			backoff = min(2*backoff, lastBackoff)
 		}
@@ -149,16 +150,5 @@ func (s *Scheduler) account(ctx context.Context, decisions []*pb.PlaceDecision, 
 		}
 		s.metrics.placed.WithLabelValues(kind).Inc()
 		s.log.DebugContext(ctx, "placed", kind, id, "node", d.GetNodeId(), "generation", d.GetSeenGeneration()+1)
-	}
-}
-
-func sleep(ctx context.Context, d time.Duration) error {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
 	}
 }

@@ -30,23 +30,20 @@ func New(o Options) *Kind {
 // Type returns "provider".
 func (k *Kind) Type() string { return permission.Provider }
 
-// Target returns the provider that the request names, or "".
-func (k *Kind) Target(operation string, payload []byte) (string, error) {
-	r, err := decode(operation, payload)
-	return r.provider, err
-}
-
-// Need returns the operation of the provider that the request names. The Router
-// fills in the one that it finds when the request names none.
-func (k *Kind) Need(operation string, payload []byte) (permission.Need, error) {
+// Demand returns the need of the operation of the provider that the request names.
+// The Router fills in the one that it finds when the request names none.
+func (k *Kind) Demand(operation string, payload []byte) (provider.Demand, error) {
 	r, err := decode(operation, payload)
 	if err == nil {
 		err = r.check()
 	}
 	if err != nil {
-		return permission.Need{}, err
+		return provider.Demand{}, err
 	}
-	return permission.Need{Capability: permission.Provider, Action: r.operation, Resource: r.provider}, nil
+	return provider.Demand{
+		Provider: r.provider,
+		Need:     permission.Need{Capability: permission.Provider, Action: r.operation, Resource: r.provider},
+	}, nil
 }
 
 // Overlapping reports true: nothing is kept on the node.

@@ -17,6 +17,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/wasmatrix/wasmatrix/correlation"
+	"github.com/wasmatrix/wasmatrix/internal/pause"
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
 	"github.com/wasmatrix/wasmatrix/provider"
 )
@@ -185,20 +186,9 @@ func (p *service) send(ctx context.Context, req *pb.ProviderServiceInvokeRequest
 		}
 		sent = sent || server.Addr != nil
 		again := status.Code(err) == codes.Unavailable && !answered(err) && (!sent || idempotent) && attempt < len(delays)
-		if !again || !wait(ctx, delays[attempt]) {
+		if !again || !pause.For(ctx, delays[attempt]) {
 			return nil, p.failed(ctx, err, sent)
 		}
-	}
-}
-
-func wait(ctx context.Context, d time.Duration) bool {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-		return true
-	case <-ctx.Done():
-		return false
 	}
 }
 

@@ -44,24 +44,15 @@ func New(o Options) *Kind {
 // Type returns "kv".
 func (k *Kind) Type() string { return permission.KV }
 
-// Target returns the provider that the request names, or "".
-func (k *Kind) Target(operation string, payload []byte) (string, error) {
-	r, err := decode(operation, payload)
-	if err != nil {
-		return "", err
-	}
-	return string(r.provider), nil
-}
-
-// Need returns kv:read of the key for get and of the prefix for list, kv:write
-// for set and cas, and kv:delete for delete.
-func (k *Kind) Need(operation string, payload []byte) (permission.Need, error) {
+// Demand returns the need of kv:read of the key for get and of the prefix for list,
+// of kv:write for set and cas, and of kv:delete for delete.
+func (k *Kind) Demand(operation string, payload []byte) (provider.Demand, error) {
 	r, err := decode(operation, payload)
 	if err == nil {
 		err = r.check(operation)
 	}
 	if err != nil {
-		return permission.Need{}, err
+		return provider.Demand{}, err
 	}
 	action := permission.Write
 	switch operation {
@@ -70,7 +61,10 @@ func (k *Kind) Need(operation string, payload []byte) (permission.Need, error) {
 	case opDelete:
 		action = permission.Delete
 	}
-	return permission.Need{Capability: permission.KV, Action: action, Resource: string(r.key)}, nil
+	return provider.Demand{
+		Provider: string(r.provider),
+		Need:     permission.Need{Capability: permission.KV, Action: action, Resource: string(r.key)},
+	}, nil
 }
 
 // Repeatable reports true for get and list. A set is not: between the two

@@ -79,13 +79,10 @@ func TestKindNamesProviderAndPermission(t *testing.T) {
 	kind := kv.New(kv.Options{})
 	for _, tt := range tests {
 		b := payload(t, tt.request)
-		target, err := kind.Target(tt.operation, b)
-		if err != nil || target != "p" {
-			t.Errorf("%s: target %q, %v", tt.operation, target, err)
-		}
-		need, err := kind.Need(tt.operation, b)
-		if err != nil || need.String() != tt.need || need.Capability != kind.Type() {
-			t.Errorf("%s: need %q, %v; want %q", tt.operation, need, err, tt.need)
+		demand, err := kind.Demand(tt.operation, b)
+		need := demand.Need
+		if err != nil || demand.Provider != "p" || need.String() != tt.need || need.Capability != kind.Type() {
+			t.Errorf("%s: demand %+v, %v; want %q of provider p", tt.operation, demand, err, tt.need)
 		}
 		if got := kind.Repeatable(tt.operation); got != (tt.operation == "get" || tt.operation == "list") {
 			t.Errorf("%s: repeatable %v", tt.operation, got)
@@ -95,7 +92,7 @@ func TestKindNamesProviderAndPermission(t *testing.T) {
 		}
 	}
 	for operation, b := range map[string][]byte{"drop": nil, "get": {0xff}, "set": payload(t, &pb.KvSetRequest{Value: []byte("v")})} {
-		if _, err := kind.Need(operation, b); !errors.Is(err, provider.ErrInvalid) {
+		if _, err := kind.Demand(operation, b); !errors.Is(err, provider.ErrInvalid) {
 			t.Errorf("%s %q: %v, want ErrInvalid", operation, b, err)
 		}
 	}

@@ -47,30 +47,24 @@ func New(o Options) (*Kind, error) {
 // Type returns "messaging".
 func (k *Kind) Type() string { return permission.Messaging }
 
-// Target returns the provider that the request names, or "".
-func (k *Kind) Target(operation string, payload []byte) (string, error) {
-	r, err := decode(operation, payload)
-	if err != nil {
-		return "", err
-	}
-	return string(r.provider), nil
-}
-
-// Need returns msg:publish of the subject for publish and request, and
-// msg:subscribe for subscribe and unsubscribe.
-func (k *Kind) Need(operation string, payload []byte) (permission.Need, error) {
+// Demand returns the need of msg:publish of the subject for publish and request,
+// and of msg:subscribe for subscribe and unsubscribe.
+func (k *Kind) Demand(operation string, payload []byte) (provider.Demand, error) {
 	r, err := decode(operation, payload)
 	if err == nil {
 		err = r.check(operation)
 	}
 	if err != nil {
-		return permission.Need{}, err
+		return provider.Demand{}, err
 	}
 	action := permission.Publish
 	if operation == opSubscribe || operation == opUnsubscribe {
 		action = permission.Subscribe
 	}
-	return permission.Need{Capability: permission.Messaging, Action: action, Resource: string(r.subject)}, nil
+	return provider.Demand{
+		Provider: string(r.provider),
+		Need:     permission.Need{Capability: permission.Messaging, Action: action, Resource: string(r.subject)},
+	}, nil
 }
 
 // Repeatable reports true for subscribe: a second one changes nothing.

@@ -108,12 +108,7 @@ func (p *plainSource) countLost() {
 // take waits for a slot; meanwhile others wait in the client's buffer.
 func (p *plainSource) take(raw *nats.Msg) {
 	s := p.s
-	select {
-	case s.slots <- struct{}{}:
-	case <-s.revoked:
-		s.drop(droppedUndelivered, 1)
-		return
-	case <-s.hub.work.Done():
+	if !s.takeSlot() {
 		s.drop(droppedUndelivered, 1)
 		return
 	}
@@ -124,7 +119,23 @@ func (p *plainSource) take(raw *nats.Msg) {
 		return
 	}
 	m.wantsReply, m.delivery = raw.Reply != "", 1
-	go s.handlePlain(raw, m, 0)
+	s.hub.handlers.Run(func() { s.handlePlain(raw, m, 0) })
+}
+
+// takeSlot waits for a slot; it reports false when the subscription ends first.
+func (s *subscription) takeSlot() bool {
+	select {
+	case s.slots <- struct{}{}:
+		return true
+	default: // most of the time there is one, and this costs less
+	}
+	select {
+	case s.slots <- struct{}{}:
+		return true
+	case <-s.revoked:
+	case <-s.hub.work.Done():
+	}
+	return false
 }
 
 // read checks that a message can be passed on. Publishers outside of wasmatrix

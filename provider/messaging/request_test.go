@@ -69,14 +69,14 @@ func TestNeed(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			got, err := k.Need(c.operation, payload)
+			got, err := k.Demand(c.operation, payload)
 			if c.want == (permission.Need{}) {
 				if !errors.Is(err, provider.ErrInvalid) {
 					t.Errorf("got %v, %v", got, err)
 				}
 				return
 			}
-			if err != nil || got != c.want {
+			if err != nil || got.Need != c.want {
 				t.Errorf("got %v, %v", got, err)
 			}
 		})

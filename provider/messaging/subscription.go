@@ -215,11 +215,11 @@ func (s *subscription) end() {
 }
 
 // pick takes the replica with the fewest messages in its handler, of those the
-// ones on this node first, then in turn.
-func (s *subscription) pick(tried []*member) *member {
+// ones on this node first, then in turn. It returns nil when all were tried; moved
+// is closed at the next change of the replicas.
+func (s *subscription) pick(tried []*member) (best *member, moved <-chan struct{}) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	var best *member
 	at := 0
 	for i := range s.members {
 		j := (s.turn + i) % len(s.members)
@@ -235,7 +235,7 @@ func (s *subscription) pick(tried []*member) *member {
 		best.busy++
 		s.turn = at + 1
 	}
-	return best
+	return best, s.moved
 }
 
 func (s *subscription) free(m *member) {
@@ -261,16 +261,17 @@ type verdict struct {
 func (s *subscription) deliver(ctx context.Context, m *message) (verdict, error) {
 	encoded := m.encode(s.key.subject, s.hub.id)
 	for round := 0; ; round++ {
-		s.mu.Lock()
-		moved := s.moved
-		s.mu.Unlock()
+		var moved <-chan struct{}
 		var tried []*member
 		var last error
 		for {
 			if isClosed(s.revoked) {
 				return verdict{}, errEnded
 			}
-			to := s.pick(tried)
+			to, changes := s.pick(tried)
+			if moved == nil {
+				moved = changes
+			}
 			if to == nil {
 				break
 			}

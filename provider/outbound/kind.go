@@ -55,26 +55,18 @@ func New(o Options) *Kind {
 // Type returns "http".
 func (k *Kind) Type() string { return permission.HTTP }
 
-// Target returns the provider that the request names, or "".
-func (k *Kind) Target(operation string, payload []byte) (string, error) {
+// Demand returns the need of http:request of the URL's host and port, in their one
+// spelling.
+func (k *Kind) Demand(operation string, payload []byte) (provider.Demand, error) {
 	r, err := decode(operation, payload)
 	if err != nil {
-		return "", err
-	}
-	return r.provider, nil
-}
-
-// Need returns http:request of the URL's host and port, in their one spelling.
-func (k *Kind) Need(operation string, payload []byte) (permission.Need, error) {
-	r, err := decode(operation, payload)
-	if err != nil {
-		return permission.Need{}, err
+		return provider.Demand{}, err
 	}
 	t, err := r.check()
 	if err != nil {
-		return permission.Need{}, err
+		return provider.Demand{}, err
 	}
-	return t.need, nil
+	return provider.Demand{Provider: r.provider, Need: t.need}, nil
 }
 
 // Overlapping reports true: nothing is kept on the node.

@@ -15,12 +15,10 @@ import (
 func TestKindNamesProviderAndPermission(t *testing.T) {
 	kind := New(Options{})
 	payload := encode(t, &pb.HttpRequest{Provider: "web", Method: "GET", Url: "https://Example.com/a"})
-	if target, err := kind.Target("request", payload); err != nil || target != "web" {
-		t.Errorf("target %q, %v", target, err)
-	}
-	need, err := kind.Need("request", payload)
-	if err != nil || need != (permission.Need{Capability: "http", Action: "request", Resource: "example.com:443"}) {
-		t.Errorf("need %+v, %v", need, err)
+	demand, err := kind.Demand("request", payload)
+	need := demand.Need
+	if err != nil || demand.Provider != "web" || need != (permission.Need{Capability: "http", Action: "request", Resource: "example.com:443"}) {
+		t.Errorf("demand %+v, %v", demand, err)
 	}
 	if action, ok := permission.ForImport("http", "request"); !ok || action.Action != need.Action || kind.Type() != need.Capability {
 		t.Errorf("the import needs %+v, the call %+v", action, need)
@@ -29,10 +27,7 @@ func TestKindNamesProviderAndPermission(t *testing.T) {
 		t.Error("a POST must not be repeatable")
 	}
 	for operation, b := range map[string][]byte{"fetch": payload, "request": {0xff}} {
-		if _, err := kind.Need(operation, b); !errors.Is(err, provider.ErrInvalid) {
-			t.Errorf("%s: %v, want ErrInvalid", operation, err)
-		}
-		if _, err := kind.Target(operation, b); !errors.Is(err, provider.ErrInvalid) {
+		if _, err := kind.Demand(operation, b); !errors.Is(err, provider.ErrInvalid) {
 			t.Errorf("%s: %v, want ErrInvalid", operation, err)
 		}
 	}
@@ -75,7 +70,7 @@ func TestRequestsOutOfBoundsAreRefused(t *testing.T) {
 	for what, tt := range tests {
 		r := &pb.HttpRequest{Method: "GET", Url: "http://example.com/"}
 		tt.change(r)
-		_, err := kind.Need("request", encode(t, r))
+		_, err := kind.Demand("request", encode(t, r))
 		if !errors.Is(err, provider.ErrInvalid) || !strings.Contains(err.Error(), tt.why) {
 			t.Errorf("%s: %v; want ErrInvalid that mentions %q", what, err, tt.why)
 		}
@@ -84,7 +79,7 @@ func TestRequestsOutOfBoundsAreRefused(t *testing.T) {
 		Method: "PATCH", Url: "http://example.com/", Body: make([]byte, MaxBody), Headers: many[:128], TimeoutMs: 600_000,
 		MaxResponseBytes: 1 << 60,
 	}
-	if _, err := kind.Need("request", encode(t, ok)); err != nil {
+	if _, err := kind.Demand("request", encode(t, ok)); err != nil {
 		t.Errorf("a request at every limit: %v", err)
 	}
 }

@@ -13,6 +13,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/wasmatrix/wasmatrix/correlation"
+	"github.com/wasmatrix/wasmatrix/internal/pause"
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
 	"github.com/wasmatrix/wasmatrix/provider"
 )
@@ -89,7 +90,7 @@ func (c *Client) Invoke(ctx context.Context, address string, call provider.Remot
 			return nil, failure
 		}
 		again := status.Code(err) == codes.Unavailable && (!sent || call.Repeatable) && !call.Once && attempt < len(c.delays)
-		if !again || !wait(ctx, c.delays[attempt]) {
+		if !again || !pause.For(ctx, c.delays[attempt]) {
 			return nil, broken(ctx, err, &call, address, sent)
 		}
 	}
@@ -156,18 +157,6 @@ func answered(err error) bool {
 		}
 	}
 	return false
-}
-
-// wait waits for d; it reports false when ctx ends first.
-func wait(ctx context.Context, d time.Duration) bool {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-		return true
-	case <-ctx.Done():
-		return false
-	}
 }
 
 // broken returns the error for a call that the transport failed.

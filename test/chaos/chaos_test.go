@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/wasmatrix/wasmatrix/internal/pause"
 	"github.com/wasmatrix/wasmatrix/test/harness"
 	"github.com/wasmatrix/wasmatrix/test/register"
 )
@@ -170,7 +171,7 @@ func (r *round) suffer(ctx context.Context, f fault, random *rand.Rand) (string,
 	}
 	what, undo, err := f.inject(ctx, r.arena, random)
 	if err == nil {
-		pause(ctx, f.holds[0]+time.Duration(random.Int64N(int64(f.holds[1]-f.holds[0]))))
+		pause.For(ctx, f.holds[0]+time.Duration(random.Int64N(int64(f.holds[1]-f.holds[0]))))
 	}
 	if undo != nil {
 		err = errors.Join(err, undo(ctx))

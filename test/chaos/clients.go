@@ -15,6 +15,7 @@ import (
 
 	"github.com/wasmatrix/wasmatrix/apierror"
 	"github.com/wasmatrix/wasmatrix/client"
+	"github.com/wasmatrix/wasmatrix/internal/pause"
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
 	"github.com/wasmatrix/wasmatrix/test/register"
 )
@@ -81,7 +82,7 @@ func (l *load) run(ctx context.Context) {
 					limit = min(callTimeout, readTimeout+time.Duration(random.ExpFloat64()*float64(readTimeout)))
 				}
 				l.do(context.WithoutCancel(ctx), c, i, in, limit)
-				pause(ctx, time.Duration(random.ExpFloat64()*float64(meanPause)))
+				pause.For(ctx, time.Duration(random.ExpFloat64()*float64(meanPause)))
 			}
 		})
 	}
@@ -97,22 +98,12 @@ func (l *load) run(ctx context.Context) {
 					out, _ := readAt(read, one, in.Key) // without an answer it says nothing
 					cancel()
 					l.history.add(id, in, out, call)
-					pause(ctx, time.Duration(random.ExpFloat64()*float64(readerPause)))
+					pause.For(ctx, time.Duration(random.ExpFloat64()*float64(readerPause)))
 				}
 			})
 		}
 	}
 	wg.Wait()
-}
-
-// pause rests; a test that only waits for conditions would not leave clients idle.
-func pause(ctx context.Context, d time.Duration) {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-ctx.Done():
-	case <-timer.C:
-	}
 }
 
 // next draws an operation. Values are never used twice in one history.

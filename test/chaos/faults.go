@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/wasmatrix/wasmatrix/cmd/wasmatrix/dev"
+	"github.com/wasmatrix/wasmatrix/internal/pause"
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
 	"github.com/wasmatrix/wasmatrix/test/harness"
 )
@@ -141,11 +142,11 @@ func pauseLeaders(ctx context.Context, a *arena, r *rand.Rand) (string, func(con
 		if err := unlessDown(n.SignalPeer(syscall.SIGSTOP)); err != nil {
 			return said, nil, err
 		}
-		pause(ctx, 700*ms+time.Duration(r.Int64N(int64(800*ms))))
+		pause.For(ctx, 700*ms+time.Duration(r.Int64N(int64(800*ms))))
 		if err := unlessDown(n.SignalPeer(syscall.SIGCONT)); err != nil {
 			return said, nil, err
 		}
-		pause(ctx, 300*ms)
+		pause.For(ctx, 300*ms)
 	}
 	return said[1:], nil, nil
 }
