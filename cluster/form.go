@@ -119,15 +119,42 @@ func (p *Peer) form(ctx context.Context, n *node) error {
 			pause(ctx, waitingLog, changed)
 			continue
 		}
+		led := p.led()
 		err := p.join(ctx, n)
 		if err == nil || ctx.Err() != nil {
 			return nil
 		}
 		p.log.Info("not joined yet", "error", err, "retry", retry)
-		pause(ctx, retry, nil)
+		if p.lull(ctx, retry, led) {
+			retry = firstJoinRetry
+			continue
+		}
 		retry = min(2*retry, p.cfg.Timers.JoinRetry)
 	}
 	return nil
+}
+
+func (p *Peer) led() bool {
+	leader, _ := p.Leader()
+	return leader != ""
+}
+
+// lull waits for d. It ends sooner, and reports true, when somebody leads and
+// nobody did before: until this peer has joined the others cannot afford to lose
+// another one.
+func (p *Peer) lull(ctx context.Context, d time.Duration, led bool) (leader bool) {
+	for until := time.Now().Add(d); ; {
+		changed := p.changed.wait()
+		now := p.led()
+		if now && !led {
+			return true
+		}
+		led = now
+		left := time.Until(until)
+		if left <= 0 || !pause(ctx, left, changed) {
+			return false
+		}
+	}
 }
 
 // bootstrap writes the first configuration. It reports false when Raft has

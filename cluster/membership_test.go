@@ -161,8 +161,12 @@ func TestPeerWithWipedDiskWaitsForAQuorumOfTheOthers(t *testing.T) {
 		t.Errorf("%s was removed: member %v, suffrage %v", id, ok, suffrage)
 	}
 	l.hub.alive(third, true)
+	if err := again.Standing(); err == nil {
+		t.Error("a peer that gives no vote says that it can be counted on")
+	}
 	l.eventually(id+" may vote again", func() bool { return again.role.mayVote.Load() })
 	l.voters("n1", "n2", "n3")
+	l.eventually(id+" can be counted on", func() bool { return again.Standing() == nil })
 }
 
 func TestWipedPeerGrantsNoVoteBeforeItHasJoinedAgain(t *testing.T) {
@@ -192,6 +196,27 @@ func TestWipedPeerGrantsNoVoteBeforeItHasJoinedAgain(t *testing.T) {
 	l.leader()
 	l.voters("n1", "n2", "n3")
 	l.everywhere("acknowledged")
+}
+
+// As long as a wiped peer has not joined again the next disk must not be lost, so
+// its pause between two tries ends once there is somebody to ask.
+func TestWipedPeerJoinsAsSoonAsSomebodyLeads(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	leader := l.three()
+	wiped := l.other(leader)
+	wiped.crash()
+	leader.crash()
+	l.dirs[wiped.cfg.ID] = t.TempDir()
+	again := l.start(wiped.cfg.ID, expect(3))
+	woken := make(chan bool, 1)
+	go func() { woken <- again.lull(t.Context(), time.Hour, false) }()
+	l.start(leader.cfg.ID)
+	l.eventually("the pause ends", func() bool { return len(woken) == 1 })
+	if !<-woken {
+		t.Error("the pause ended without a leader")
+	}
+	l.eventually("it has joined", func() bool { return again.role.mayVote.Load() })
 }
 
 func TestRestartedPeersFindEachOtherAtNewAddresses(t *testing.T) {

@@ -468,6 +468,19 @@ func (p *Peer) servers() []raft.Server {
 	return r.GetConfiguration().Configuration().Servers
 }
 
+// Standing returns nil while the cluster can count on this peer's vote, or while it
+// is to have none; otherwise why not. Stopping another voter meanwhile can end the
+// quorum for good.
+func (p *Peer) Standing() error {
+	if !p.role.mayVote.Load() {
+		return errors.New("this peer has not joined yet, or not again since it lost its disk: it gives no vote")
+	}
+	if suffrage, _ := p.suffrage(p.cfg.ID); suffrage != raft.Voter && !p.cfg.NonVoter {
+		return errors.New("this peer is not a voter yet")
+	}
+	return nil
+}
+
 func (p *Peer) suffrage(id string) (raft.ServerSuffrage, bool) {
 	for _, s := range p.servers() {
 		if string(s.ID) == id {

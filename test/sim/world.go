@@ -405,6 +405,8 @@ func (w *World) unsettledPeers() string {
 			return fmt.Sprintf("peer %s has applied %d of %d", id, p.peer.State().View().Index(), index)
 		case !slices.ContainsFunc(lead.peer.Peers(), func(s *pb.PeerStatus) bool { return s.GetId() == id && s.GetVoter() }):
 			return "peer " + id + " is no voter"
+		case p.peer.Standing() != nil:
+			return "peer " + id + ": " + p.peer.Standing().Error()
 		}
 	}
 	return ""

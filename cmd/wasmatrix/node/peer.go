@@ -204,12 +204,12 @@ func (p *peerProcess) checks() map[string]check {
 	return checks
 }
 
-// ready says whether this peer takes part in a cluster that has a leader.
+// ready says whether this peer takes its part in a cluster that has a leader.
 func (p *peerProcess) ready() error {
 	if id, _ := p.peer.Leader(); id == "" {
 		return errors.New("no leader is known")
 	}
-	return nil
+	return p.peer.Standing()
 }
 
 // gatherer adds the metrics of the agent process to those of this one.
