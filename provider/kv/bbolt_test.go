@@ -402,8 +402,8 @@ func TestSettingsAreChecked(t *testing.T) {
 	}{
 		{"redis-typo", nil, `no driver "redis-typo"; expected bbolt, memory, redis or nats`},
 		{"bbolt", map[string]string{"fsnyc": "false"}, "has no setting fsnyc; expected fsync, verify, max_bytes"},
-		{"bbolt", map[string]string{"fsync": "no"}, `fsync of kv driver bbolt is "no"; expected true, false`},
-		{"bbolt", map[string]string{"verify": "maybe"}, "expected auto, always, never"},
+		{"bbolt", map[string]string{"fsync": "no"}, `fsync of kv driver bbolt is "no"; expected true or false`},
+		{"bbolt", map[string]string{"verify": "maybe"}, "expected auto, always or never"},
 		{"bbolt", map[string]string{"max_bytes": "many"}, "expected a size"},
 		{"bbolt", map[string]string{"max_bytes": "-1MiB"}, "expected a size"},
 		{"bbolt", map[string]string{"max_bytes": "99999999999TiB"}, "expected a size"},

@@ -4,15 +4,12 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
-	"maps"
 	"os"
-	"slices"
-	"strconv"
-	"strings"
 	"time"
 
 	"github.com/wasmatrix/wasmatrix/permission"
 	"github.com/wasmatrix/wasmatrix/provider"
+	"github.com/wasmatrix/wasmatrix/provider/setting"
 )
 
 // Options are what a Kind needs of its surroundings.
@@ -115,85 +112,23 @@ func (k *Kind) Open(ctx context.Context, cfg provider.Config) (provider.Provider
 	return newService(s, k.now, k.log.With("provider", cfg.ID)), nil
 }
 
-// settings reads a driver's settings one by one, so that unknown ones are left over.
-type settings struct {
-	driver string
-	rest   map[string]string
-	known  []string
-	err    error
-}
-
-func newSettings(driver string, m map[string]string) *settings {
-	return &settings{driver: driver, rest: maps.Clone(m)}
-}
-
-func (s *settings) take(key string) (string, bool) {
-	s.known = append(s.known, key)
-	v, ok := s.rest[key]
-	delete(s.rest, key)
-	return v, ok
-}
-
-func (s *settings) wrong(key, value, expected string) {
-	if s.err == nil {
-		s.err = provider.Errorf(provider.ErrInvalid, "setting %s of kv driver %s is %q; expected %s", key, s.driver, value, expected).
-			With("setting", key)
-	}
-}
-
-func (s *settings) choice(key string, values ...string) string {
-	v, ok := s.take(key)
-	if !ok {
-		return values[0]
-	}
-	if !slices.Contains(values, v) {
-		s.wrong(key, v, strings.Join(values, ", "))
-	}
-	return v
-}
-
-func (s *settings) size(key string, otherwise int64) int64 {
-	v, ok := s.take(key)
-	if !ok {
-		return otherwise
-	}
-	digits, unit := v, int64(1)
-	for suffix, u := range map[string]int64{"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40} {
-		if rest, found := strings.CutSuffix(v, suffix); found {
-			digits, unit = rest, u
-		}
-	}
-	n, err := strconv.ParseInt(digits, 10, 64)
-	if err != nil || n < 1 || n > (1<<62)/unit || n*unit < 64<<10 {
-		s.wrong(key, v, "a size of at least 64KiB such as 512MiB")
-		return otherwise
-	}
-	return n * unit
-}
-
-func (s *settings) done() error {
-	if s.err == nil && len(s.rest) > 0 {
-		unknown := slices.Sorted(maps.Keys(s.rest))
-		s.err = provider.Errorf(provider.ErrInvalid, "kv driver %s has no setting %s; expected %s",
-			s.driver, strings.Join(unknown, ", "), strings.Join(s.known, ", ")).With("setting", unknown[0])
-	}
-	return s.err
-}
+// minSize is the least max_bytes.
+const minSize = 64 << 10
 
 func memorySettings(cfg provider.Config) (limit int64, err error) {
-	s := newSettings("memory", cfg.Settings)
-	limit = s.size("max_bytes", 256<<20)
-	return limit, s.done()
+	r := setting.New(permission.KV, "memory", cfg.Settings)
+	limit = r.Size("max_bytes", 256<<20, minSize, 0)
+	return limit, r.Done()
 }
 
 func boltSettings(cfg provider.Config) (boltOptions, error) {
-	s := newSettings("bbolt", cfg.Settings)
+	r := setting.New(permission.KV, "bbolt", cfg.Settings)
 	o := boltOptions{
-		sync:   s.choice("fsync", "true", "false") == "true",
-		verify: s.choice("verify", "auto", "always", "never"),
-		limit:  s.size("max_bytes", 0),
+		sync:   r.Bool("fsync", true),
+		verify: r.Choice("verify", "auto", "always", "never"),
+		limit:  r.Size("max_bytes", 0, minSize, 0),
 	}
-	if err := s.done(); err != nil {
+	if err := r.Done(); err != nil {
 		return boltOptions{}, err
 	}
 	if cfg.Dir == "" {

@@ -93,6 +93,21 @@ func (s *natsStore) sweepAll(t *testing.T, now time.Time) int {
 	return n
 }
 
+// hasFollowed waits until the store knows all that is in the stream.
+func (s *natsStore) hasFollowed(t *testing.T) {
+	t.Helper()
+	info, err := s.stream.Info(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.link.mu.Lock()
+	index := s.link.index
+	s.link.mu.Unlock()
+	if err := index.wait(t.Context(), info.State.LastSeq); err != nil {
+		t.Fatal(err)
+	}
+}
+
 func TestNatsSweepsWhatIsNeededNoMore(t *testing.T) {
 	s := inProcess(t, t.TempDir(), natsd.RANDOM_PORT)
 	var ahead time.Duration
@@ -132,6 +147,7 @@ func TestNatsSweepsWhatIsNeededNoMore(t *testing.T) {
 	if got := store.messages(t); got != before-4 {
 		t.Errorf("the stream holds %d messages, want %d", got, before-4)
 	}
+	second.hasFollowed(t)
 	if n := second.sweepAll(t, time.Now().Add(ahead)); n == 0 {
 		t.Error("another replica does not notice what was removed")
 	}

@@ -4,14 +4,15 @@ import (
 	"context"
 	"errors"
 	"log/slog"
-	"os"
 	"strings"
 	"time"
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 
+	"github.com/wasmatrix/wasmatrix/permission"
 	"github.com/wasmatrix/wasmatrix/provider"
+	"github.com/wasmatrix/wasmatrix/provider/setting"
 )
 
 // natsMinPayload is the least max_payload of a server: a value is in two messages.
@@ -35,31 +36,26 @@ type natsOptions struct {
 }
 
 func natsSettings(cfg provider.Config, log *slog.Logger) (natsOptions, error) {
-	s := newSettings("nats", cfg.Settings)
-	o := natsOptions{id: cfg.ID, log: log, server: s.server(schemes{plain: "nats", secure: "tls", port: "4222"})}
-	o.creds, _ = s.take("creds_file")
-	o.namespace = s.namespace()
-	o.replicas = s.number("replicas", 1, 1, 5)
-	if s.choice("storage", "file", "memory") == "memory" {
+	r := setting.New(permission.KV, "nats", cfg.Settings)
+	o := natsOptions{
+		id: cfg.ID, log: log,
+		server:    readServer(r, schemes{plain: "nats", secure: "tls", port: "4222"}),
+		creds:     r.File("creds_file"),
+		namespace: namespace(r),
+		replicas:  r.Count("replicas", 1, 1, 5),
+	}
+	if r.Choice("storage", "file", "memory") == "memory" {
 		o.storage = jetstream.MemoryStorage
 	}
-	o.timeout = s.duration("timeout", defaultTimeout)
-	o.dial = s.duration("dial_timeout", defaultDial)
-	if o.creds != "" {
-		if _, err := os.Stat(o.creds); err != nil {
-			s.fail("creds_file", "setting creds_file of kv driver nats: %s", err)
-		}
-		if o.server.username != "" || o.server.hasSecret {
-			s.fail("creds_file", "kv driver nats has both creds_file and username or password_file; expected one way to log in")
-		}
+	o.timeout, o.dial = timeouts(r)
+	if o.creds != "" && (o.server.username != "" || o.server.password != nil) {
+		r.Fail("creds_file", "%s has both creds_file and username or password_file; expected one way to log in", r)
 	}
-	if (o.server.username != "") != o.server.hasSecret {
-		s.fail("password_file", "kv driver nats needs both of username and password_file, or neither")
-	}
+	r.Both("username", "password_file")
 	if o.server.path != "" {
-		s.fail("url", "setting url of kv driver nats ends with a path; expected none")
+		r.Fail("url", "setting url of %s ends with a path; expected none", r)
 	}
-	return o, s.done()
+	return o, r.Done()
 }
 
 // openNats opens a store. It fails when the server cannot be reached or does not
@@ -115,7 +111,7 @@ func (s *natsStore) connection(o *natsOptions) []nats.Option {
 	if o.creds != "" {
 		options = append(options, nats.UserCredentials(o.creds))
 	}
-	if o.server.hasSecret {
+	if o.server.password != nil {
 		options = append(options, nats.UserInfoHandler(func() (string, string) {
 			password, err := o.server.password()
 			if err != nil {

@@ -12,7 +12,9 @@ import (
 	"github.com/redis/go-redis/v9/maintnotifications"
 	"github.com/sony/gobreaker/v2"
 
+	"github.com/wasmatrix/wasmatrix/permission"
 	"github.com/wasmatrix/wasmatrix/provider"
+	"github.com/wasmatrix/wasmatrix/provider/setting"
 )
 
 // When calls are refused without asking the server: after so many failures in a
@@ -34,29 +36,28 @@ type redisOptions struct {
 }
 
 func redisSettings(cfg provider.Config) (redisOptions, error) {
-	s := newSettings("redis", cfg.Settings)
+	r := setting.New(permission.KV, "redis", cfg.Settings)
 	o := redisOptions{
-		server:    s.server(schemes{plain: "redis", secure: "rediss", port: "6379"}),
-		cluster:   s.choice("cluster", "false", "true") == "true",
-		namespace: s.namespace(),
-		timeout:   s.duration("timeout", defaultTimeout),
-		dial:      s.duration("dial_timeout", defaultDial),
-		pool:      s.number("pool_size", 32, 1, 4096),
+		server:    readServer(r, schemes{plain: "redis", secure: "rediss", port: "6379"}),
+		cluster:   r.Bool("cluster", false),
+		namespace: namespace(r),
+		pool:      r.Count("pool_size", 32, 1, 4096),
 	}
+	o.timeout, o.dial = timeouts(r)
 	if path := o.server.path; path != "" {
 		n, err := strconv.Atoi(path)
 		if err != nil || n < 0 || o.cluster && n != 0 {
-			s.fail("url", "setting url of kv driver redis ends with /%s; expected the number of a database, and none for a cluster", path)
+			r.Fail("url", "setting url of %s ends with /%s; expected the number of a database, and none for a cluster", r, path)
 		}
 		o.database = n
 	}
 	if len(o.server.addresses) > 1 && !o.cluster {
-		s.fail("url", "setting url of kv driver redis names several hosts; that takes cluster=true")
+		r.Fail("url", "setting url of %s names several hosts; that takes cluster=true", r)
 	}
-	if o.server.username != "" && !o.server.hasSecret {
-		s.fail("password_file", "kv driver redis has the setting username and no password_file")
+	if o.server.username != "" && o.server.password == nil {
+		r.Fail("password_file", "%s has the setting username and no password_file", r)
 	}
-	return o, s.done()
+	return o, r.Done()
 }
 
 // openRedis opens a store. It fails when the server cannot be reached or does not
@@ -83,7 +84,7 @@ func openRedis(ctx context.Context, o *redisOptions) (*redisStore, error) {
 
 func (o *redisOptions) client() redis.UniversalClient {
 	var credentials func(context.Context) (string, string, error)
-	if o.server.hasSecret {
+	if o.server.password != nil {
 		credentials = func(context.Context) (string, string, error) {
 			password, err := o.server.password()
 			return o.server.username, password, err

@@ -130,20 +130,9 @@ func stopServer(s *natsserver.Server) {
 	s.WaitForShutdown()
 }
 
-// connectOptions reads the files that the settings name.
+// connectOptions are those that the settings ask for.
 func (o *serverOptions) connectOptions() ([]nats.Option, error) {
 	var out []nats.Option
-	for setting, file := range map[string]string{
-		"tls_ca_file": o.caFile, "tls_cert_file": o.certFile, "tls_key_file": o.keyFile, "creds_file": o.credsFile, "password_file": o.passwordFile,
-	} {
-		if file == "" {
-			continue
-		}
-		if _, err := os.Stat(file); err != nil {
-			return nil, provider.Errorf(provider.ErrInvalid, "setting %s: %s", setting, err).With("setting", setting).
-				NextStep("put the file on the provider's node").Because(err)
-		}
-	}
 	if o.caFile != "" {
 		out = append(out, nats.RootCAs(o.caFile))
 	}
@@ -153,12 +142,12 @@ func (o *serverOptions) connectOptions() ([]nats.Option, error) {
 	if o.credsFile != "" {
 		out = append(out, nats.UserCredentials(o.credsFile))
 	}
-	if o.passwordFile != "" {
-		text, err := os.ReadFile(o.passwordFile)
+	if o.password != nil {
+		password, err := o.password()
 		if err != nil {
 			return nil, provider.Errorf(provider.ErrInvalid, "setting password_file: %s", err).With("setting", "password_file").Because(err)
 		}
-		out = append(out, nats.UserInfo(o.user, strings.TrimRight(string(text), "\r\n")))
+		out = append(out, nats.UserInfo(o.user, password))
 	}
 	return out, nil
 }

@@ -3,17 +3,13 @@ package outbound
 import (
 	"context"
 	"crypto/x509"
-	"maps"
 	"net"
 	"net/netip"
-	"os"
-	"slices"
-	"strconv"
-	"strings"
 	"time"
 
 	"github.com/wasmatrix/wasmatrix/permission"
 	"github.com/wasmatrix/wasmatrix/provider"
+	"github.com/wasmatrix/wasmatrix/provider/setting"
 )
 
 // Resolver finds the addresses of a name. *net.Resolver is one.
@@ -102,69 +98,18 @@ const (
 )
 
 func readSettings(given map[string]string) (settings, error) {
-	s := settings{maxResponse: 4 << 20, maxInFlight: 256, maxEach: 64}
-	for _, name := range slices.Sorted(maps.Keys(given)) {
-		value := given[name]
-		var ok bool
-		expected := ""
-		switch name {
-		case setMaxResponse:
-			s.maxResponse, ok = size(value)
-			ok, expected = ok && s.maxResponse <= MaxResponse, "a size from 1KiB to 8MiB"
-		case setMaxInFlight:
-			s.maxInFlight, ok = count(value)
-			expected = "a number from 1 to 10000"
-		case setMaxEach:
-			s.maxEach, ok = count(value)
-			expected = "a number from 1 to 10000"
-		case setCA:
-			roots, err := readRoots(value)
-			if err != nil {
-				return settings{}, err
-			}
-			s.roots, ok = roots, true
-		default:
-			return settings{}, provider.Errorf(provider.ErrInvalid, "http driver direct has no setting %s; expected %s",
-				name, strings.Join([]string{setCA, setMaxInFlight, setMaxEach, setMaxResponse}, ", ")).With("setting", name)
+	r := setting.New(permission.HTTP, "direct", given)
+	s := settings{
+		maxResponse: r.Size(setMaxResponse, 4<<20, 1<<10, MaxResponse),
+		maxInFlight: r.Count(setMaxInFlight, 256, 1, 10000),
+		maxEach:     r.Count(setMaxEach, 64, 1, 10000),
+	}
+	if r.Text(setCA) != "" {
+		var err error
+		if s.roots, err = x509.SystemCertPool(); err != nil {
+			s.roots = x509.NewCertPool()
 		}
-		if !ok {
-			return settings{}, provider.Errorf(provider.ErrInvalid, "setting %s of http driver direct is %q; expected %s", name, value, expected).
-				With("setting", name)
-		}
+		r.AddCertificates(setCA, s.roots)
 	}
-	return s, nil
-}
-
-func size(text string) (int64, bool) {
-	unit := int64(1)
-	for suffix, u := range map[string]int64{"KiB": 1 << 10, "MiB": 1 << 20} {
-		if rest, found := strings.CutSuffix(text, suffix); found {
-			text, unit = rest, u
-		}
-	}
-	n, err := strconv.ParseInt(text, 10, 32)
-	return n * unit, err == nil && n > 0 && n*unit >= 1<<10
-}
-
-func count(text string) (int, bool) {
-	n, err := strconv.Atoi(text)
-	return n, err == nil && n >= 1 && n <= 10000
-}
-
-// readRoots returns the system's certificate authorities and those of a file.
-func readRoots(path string) (*x509.CertPool, error) {
-	pem, err := os.ReadFile(path)
-	if err != nil {
-		return nil, provider.Errorf(provider.ErrInvalid, "setting %s cannot be read: %s", setCA, err).
-			With("setting", setCA).With("file", path).Because(err)
-	}
-	roots, err := x509.SystemCertPool()
-	if err != nil {
-		roots = x509.NewCertPool()
-	}
-	if !roots.AppendCertsFromPEM(pem) {
-		return nil, provider.Errorf(provider.ErrInvalid, "setting %s: %s holds no certificate in PEM form", setCA, path).
-			With("setting", setCA).With("file", path)
-	}
-	return roots, nil
+	return s, r.Done()
 }
