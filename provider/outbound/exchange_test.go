@@ -476,7 +476,7 @@ func TestNothingIsLeftBehind(t *testing.T) {
 		} else {
 			s.Start()
 		}
-		p, err := New(Options{}).Open(t.Context(), provider.Config{ID: "web", Settings: settings})
+		p, err := newKind(t, Options{}).Open(t.Context(), provider.Config{ID: "web", Settings: settings})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -42,6 +42,15 @@ type world struct {
 	dialled []string
 }
 
+func newKind(t testing.TB, o Options) *Kind {
+	t.Helper()
+	k, err := New(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return k
+}
+
 // trap listens on loopback and counts who comes.
 type trap struct {
 	port    string
@@ -144,7 +153,7 @@ func (w *world) open(settings map[string]string) *service {
 
 func openWith(t testing.TB, o Options, settings map[string]string) *service {
 	t.Helper()
-	p, err := New(o).Open(context.Background(), provider.Config{ID: "web", Settings: settings})
+	p, err := newKind(t, o).Open(context.Background(), provider.Config{ID: "web", Settings: settings})
 	if err != nil {
 		t.Fatal(err)
 	}

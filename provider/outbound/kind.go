@@ -7,6 +7,8 @@ import (
 	"net/netip"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+
 	"github.com/wasmatrix/wasmatrix/permission"
 	"github.com/wasmatrix/wasmatrix/provider"
 	"github.com/wasmatrix/wasmatrix/provider/setting"
@@ -28,24 +30,32 @@ type Options struct {
 	Resolver Resolver
 	// Dial connects; nil means TCP.
 	Dial DialFunc
+	// Registerer takes the metrics; nil for none.
+	Registerer prometheus.Registerer
 }
 
 // Kind is the capability of outbound HTTP. It implements provider.Kind.
 type Kind struct {
 	resolver Resolver
 	dial     DialFunc
+	metrics  *metrics
 }
 
-// New returns the capability of outbound HTTP.
-func New(o Options) *Kind {
-	k := &Kind{resolver: o.Resolver, dial: o.Dial}
+// New returns the capability of outbound HTTP. It fails when the metrics cannot be
+// registered.
+func New(o Options) (*Kind, error) {
+	m, err := newMetrics(o.Registerer)
+	if err != nil {
+		return nil, err
+	}
+	k := &Kind{resolver: o.Resolver, dial: o.Dial, metrics: m}
 	if k.resolver == nil {
 		k.resolver = &net.Resolver{PreferGo: true}
 	}
 	if k.dial == nil {
 		k.dial = (&net.Dialer{KeepAlive: 30 * time.Second}).DialContext
 	}
-	return k
+	return k, nil
 }
 
 // Type returns "http".

@@ -27,7 +27,7 @@ type node struct {
 
 func newNode(t testing.TB, o Options, allow ...string) *node {
 	t.Helper()
-	kind := New(o)
+	kind := newKind(t, o)
 	n := &node{dir: provider.NewDirectory("n1"), host: provider.NewHost(slog.New(slog.DiscardHandler), kind)}
 	var err error
 	n.router, err = provider.NewRouter(provider.RouterConfig{

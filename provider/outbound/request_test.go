@@ -13,7 +13,7 @@ import (
 )
 
 func TestKindNamesProviderAndPermission(t *testing.T) {
-	kind := New(Options{})
+	kind := newKind(t, Options{})
 	payload := encode(t, &pb.HttpRequest{Provider: "web", Method: "GET", Url: "https://Example.com/a"})
 	demand, err := kind.Demand("request", payload)
 	need := demand.Need
@@ -66,7 +66,7 @@ func TestRequestsOutOfBoundsAreRefused(t *testing.T) {
 			why    string
 		}{func(r *pb.HttpRequest) { r.Headers = []*pb.HttpHeader{{Name: name, Value: "x"}} }, name}
 	}
-	kind := New(Options{})
+	kind := newKind(t, Options{})
 	for what, tt := range tests {
 		r := &pb.HttpRequest{Method: "GET", Url: "http://example.com/"}
 		tt.change(r)
@@ -98,7 +98,7 @@ func TestSettingsAreChecked(t *testing.T) {
 		{provider.Config{Settings: map[string]string{"ca_file": "/nowhere"}}, "/nowhere"},
 		{provider.Config{Settings: map[string]string{"ca_file": "doc.go"}}, "PEM"},
 	} {
-		_, err := New(Options{}).Open(t.Context(), tt.cfg)
+		_, err := newKind(t, Options{}).Open(t.Context(), tt.cfg)
 		wantRefusal(t, err, provider.ErrInvalid, tt.why, "")
 	}
 	p := openWith(t, Options{}, map[string]string{"max_response_bytes": "8MiB", "max_in_flight": "1", "max_in_flight_per_instance": "10000"})

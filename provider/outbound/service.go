@@ -61,6 +61,7 @@ func (s *service) Invoke(ctx context.Context, call provider.Call) ([]byte, error
 	}
 	defer s.leave(who)
 	if err := who.mayRequest(to); err != nil {
+		s.kind.metrics.requests.WithLabelValues(s.id, outcome(0, err)).Inc()
 		return nil, err
 	}
 	timeout := DefaultTimeout
@@ -71,6 +72,7 @@ func (s *service) Invoke(ctx context.Context, call provider.Call) ([]byte, error
 	defer cancel()
 	x := newExchange(s, &call, who, r, to)
 	answer, err := x.run(ctx, !r.noRedirects)
+	s.kind.metrics.requests.WithLabelValues(s.id, outcome(answer.GetStatus(), err)).Inc()
 	if err != nil {
 		return nil, x.complete(err)
 	}
@@ -95,6 +97,7 @@ func (s *service) enter(who *caller) error {
 		return s.tooMany(who, setMaxInFlight, s.settings.maxInFlight)
 	}
 	s.calls.Add(1)
+	s.kind.metrics.inFlight.WithLabelValues(s.id).Inc()
 	s.total++
 	s.each[key]++
 	return nil
@@ -118,6 +121,7 @@ func (s *service) leave(who *caller) {
 	if s.each[key]--; s.each[key] == 0 {
 		delete(s.each, key)
 	}
+	s.kind.metrics.inFlight.WithLabelValues(s.id).Dec()
 	s.calls.Done()
 }
 

@@ -150,7 +150,7 @@ func FuzzTarget(f *testing.F) {
 			t.Fatalf("%q: the host %s is an address and the policy has %v", raw, to.host, to.addr)
 		}
 		var s seen
-		k := New(Options{Resolver: &s, Dial: s.dial})
+		k := newKind(t, Options{Resolver: &s, Dial: s.dial})
 		svc := &service{id: "web", kind: k, transport: newTransport(k.dial, settings{})}
 		who := &caller{name: "root"} // a user: special addresses are refused
 		_, err = svc.connect(t.Context(), who, to)

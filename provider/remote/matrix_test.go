@@ -79,7 +79,11 @@ func newMatrix(t *testing.T) *matrix {
 	if err != nil {
 		t.Fatal(err)
 	}
-	kinds := []provider.Kind{kv.New(kv.Options{}), outbound.New(outbound.Options{}), messages, external.New(external.Options{})}
+	web, err := outbound.New(outbound.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	kinds := []provider.Kind{kv.New(kv.Options{}), web, messages, external.New(external.Options{})}
 	for i, k := range kinds {
 		kinds[i] = counted{k, &m.effects}
 	}

@@ -108,8 +108,12 @@ func providerKinds(log *slog.Logger, metrics prometheus.Registerer) (map[string]
 	if err != nil {
 		return nil, err
 	}
-	kinds := map[string]provider.Kind{messages.Type(): messages}
-	for _, k := range []provider.Kind{kv.New(kv.Options{}), outbound.New(outbound.Options{}), external.New(external.Options{})} {
+	web, err := outbound.New(outbound.Options{Registerer: metrics})
+	if err != nil {
+		return nil, err
+	}
+	kinds := map[string]provider.Kind{}
+	for _, k := range []provider.Kind{kv.New(kv.Options{Log: log}), web, messages, external.New(external.Options{Log: log})} {
 		kinds[k.Type()] = k
 	}
 	return kinds, nil
