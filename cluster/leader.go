@@ -163,17 +163,31 @@ type contacts struct {
 	steady map[string]time.Time
 }
 
-func (c *contacts) set(id string, lost bool) (changed bool) {
+// begin takes in that heartbeats to a follower begin or end.
+func (c *contacts) begin(id string, removed bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	changed = c.lost[id] != lost
-	c.lost[id] = lost
-	if lost {
-		delete(c.steady, id)
-	} else {
-		c.steady[id] = time.Now()
+	c.put(id, !removed)
+}
+
+// beat takes in what became of a heartbeat, and reports whether that is news.
+func (c *contacts) beat(id string, reached bool) (news bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if _, steady := c.steady[id]; steady == reached {
+		return false
 	}
-	return changed
+	c.put(id, reached)
+	return true
+}
+
+func (c *contacts) put(id string, reached bool) {
+	c.lost[id] = !reached
+	if reached {
+		c.steady[id] = time.Now()
+	} else {
+		delete(c.steady, id)
+	}
 }
 
 // steadySince returns since when the leader has reached a follower without
@@ -195,8 +209,7 @@ func (p *Peer) observe(ctx context.Context, r *raft.Raft) {
 	seen := make(chan raft.Observation, 256)
 	observer := raft.NewObserver(seen, false, func(o *raft.Observation) bool {
 		switch o.Data.(type) {
-		case raft.LeaderObservation, raft.RaftState, raft.PeerObservation,
-			raft.FailedHeartbeatObservation, raft.ResumedHeartbeatObservation:
+		case raft.LeaderObservation, raft.RaftState, raft.PeerObservation:
 			return true
 		}
 		return false
@@ -217,16 +230,18 @@ func (p *Peer) observe(ctx context.Context, r *raft.Raft) {
 
 // note takes in one observation and wakes whoever waits for it.
 func (p *Peer) note(o raft.Observation) {
-	changed := true
-	switch data := o.Data.(type) {
-	case raft.FailedHeartbeatObservation:
-		changed = p.role.contacts.set(string(data.PeerID), true)
-	case raft.ResumedHeartbeatObservation:
-		changed = p.role.contacts.set(string(data.PeerID), false)
-	case raft.PeerObservation:
-		p.role.contacts.set(string(data.Peer.ID), data.Removed)
+	if data, ok := o.Data.(raft.PeerObservation); ok {
+		p.role.contacts.begin(string(data.Peer.ID), data.Removed)
 	}
-	if changed {
+	p.changed.notify()
+}
+
+// beat takes in whether a heartbeat got through to a follower. What hashicorp/raft
+// tells of failed and resumed heartbeats is not enough: when a follower is removed
+// and added again, the last failure of the old one may come after the new one has
+// begun, which never fails and so never resumes.
+func (p *Peer) beat(id raft.ServerID, reached bool) {
+	if p.role.contacts.beat(string(id), reached) {
 		p.changed.notify()
 	}
 }

@@ -383,6 +383,19 @@ func TestNewPeerVotesOnlyWhenItHasBeenInTouchForAWhile(t *testing.T) {
 	l.voters("n1", "n2", "n3")
 }
 
+// When a follower is removed and added again, the last heartbeat to the old one may
+// fail after those to the new one have begun.
+func TestLateFailureOfAHeartbeatKeepsNobodyOut(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	leader := l.three()
+	id := l.other(leader).cfg.ID
+	leader.beat(raft.ServerID(id), false)
+	l.eventually("the follower is in touch", func() bool {
+		return !leader.role.contacts.steadySince(id).IsZero() && !leader.role.contacts.isLost(id)
+	})
+}
+
 // A peer that was stopped after it had joined, and before it voted, still
 // becomes a voter.
 func TestInterruptedJoinIsFinishedAfterARestart(t *testing.T) {

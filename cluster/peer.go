@@ -217,7 +217,7 @@ func (p *Peer) open() (_ *node, err error) {
 		return nil, err
 	}
 	n.logs = newParallelLogs(&sealedLogs{LogStore: n.storage.logs, damaged: p.fail}, p.leadsOthers, p.fail)
-	n.guard.synced = n.logs.synced
+	n.guard.synced, n.guard.beat = n.logs.synced, p.beat
 	n.herald = newHerald(n.guard, p.commitIndex, p.lastIndex, p.leadsIn)
 	logs, err := raft.NewLogCache(logCacheEntries, n.logs)
 	if err != nil {

@@ -34,12 +34,14 @@ type guard struct {
 	synced func() error
 	// stand returns why this peer should not be elected now, or nil. Set it before Raft starts.
 	stand func() error
+	// beat is told of each heartbeat whether it got through. Set it before Raft starts.
+	beat func(id raft.ServerID, reached bool)
 }
 
 func newGuard(inner raft.Transport, mayVote *atomic.Bool) (*guard, error) {
 	h, err := newHop(inner)
 	nothing := func() error { return nil }
-	return &guard{hop: h, mayVote: mayVote, synced: nothing, stand: nothing}, err
+	return &guard{hop: h, mayVote: mayVote, synced: nothing, stand: nothing, beat: func(raft.ServerID, bool) {}}, err
 }
 
 // run passes incoming messages to Raft until ctx ends.
@@ -109,7 +111,11 @@ func (g *guard) AppendEntries(id raft.ServerID, target raft.ServerAddress, args 
 	if err := g.check(); err != nil {
 		return err
 	}
-	if err := g.Transport.AppendEntries(id, target, args, resp); err != nil {
+	err := g.Transport.AppendEntries(id, target, args, resp)
+	if isHeartbeat(args) {
+		g.beat(id, err == nil)
+	}
+	if err != nil {
 		return err
 	}
 	if len(args.Entries) > 0 {

@@ -23,6 +23,9 @@ const syncCalls = "fsync,fdatasync"
 // attachWithin bounds how long strace may take to take hold of a process.
 const attachWithin = 20 * time.Second
 
+// detachWithin bounds how long strace may take to let go of it.
+const detachWithin = 10 * time.Second
+
 // Missing ends a test that needs something of the machine which is not there:
 // skipped with the reason elsewhere, failed in CI.
 func Missing(t testing.TB, format string, args ...any) {
@@ -108,6 +111,10 @@ func (tr *Trace) end() error {
 	if err := tr.cmd.Process.Signal(syscall.SIGTERM); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return fmt.Errorf("stop strace: %w", err)
 	}
+	// When the process ends at that very moment, strace may wait for ever for a
+	// thread that is gone already.
+	hangs := time.AfterFunc(detachWithin, func() { _ = tr.cmd.Process.Kill() })
+	defer hangs.Stop()
 	<-tr.said
 	_ = tr.cmd.Wait() // it ends by the signal, or before it with its process
 	return nil
