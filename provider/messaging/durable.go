@@ -113,7 +113,7 @@ func (k *keptSource) release(n int) {
 
 func (k *keptSource) take(raw jetstream.Msg) {
 	if m, id, ok := k.read(raw); ok && k.s.begin() {
-		k.s.hub.handlers.Run(func() { k.handle(raw, m, id) })
+		k.s.hub.crew.Run(func() { k.handle(raw, m, id) })
 		return
 	}
 	<-k.taken

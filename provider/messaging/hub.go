@@ -27,7 +27,7 @@ type hub struct {
 	meter    *meter
 	log      *slog.Logger
 	linger   time.Duration
-	handlers *crew.Crew // what runs the handlers of all subscriptions
+	crew     *crew.Crew // what runs the handlers of all subscriptions
 
 	// watch ends when the hub takes no more messages, work when no handler may go on.
 	watch, work       context.Context //nolint:containedctx // the hub's own life, not a call's
@@ -41,7 +41,7 @@ type hub struct {
 }
 
 func newHub(ctx context.Context, h *hub) *hub {
-	h.subs, h.changed, h.handlers = map[key]*subscription{}, make(chan struct{}), crew.New()
+	h.subs, h.changed, h.crew = map[key]*subscription{}, make(chan struct{}), crew.New()
 	h.work, h.cutOff = context.WithCancel(ctx)
 	h.watch, h.stopWatch = context.WithCancel(h.work)
 	h.routines.Go(h.run)

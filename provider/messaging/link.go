@@ -57,7 +57,7 @@ func openLink(ctx context.Context, o options, id string, log *slog.Logger) (_ *l
 		}
 	}()
 	connect := []nats.Option{
-		nats.Name("wasmatrix " + id), nats.Timeout(connectTimeout), nats.MaxReconnects(-1),
+		nats.Name("wasmatrix " + id), nats.SyncQueueLen(o.deliver.pending), nats.Timeout(connectTimeout), nats.MaxReconnects(-1),
 		nats.ReconnectWait(200 * time.Millisecond), nats.ReconnectJitter(100*time.Millisecond, 100*time.Millisecond),
 		nats.IgnoreAuthErrorAbort(), nats.PingInterval(10 * time.Second), nats.MaxPingsOutstanding(2),
 		nats.FlusherTimeout(10 * time.Second),

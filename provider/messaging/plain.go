@@ -6,6 +6,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 	"unicode/utf8"
 
@@ -55,26 +56,65 @@ func (b *budget) give(size int) {
 	b.bytes += size
 }
 
-// plainSource takes messages that nothing keeps, and requests.
+// plainSource takes messages that nothing keeps, and requests. Workers take them one
+// after the other and run the handler themselves: handing each message on to another
+// goroutine would cost more than all else that is done for it here.
 type plainSource struct {
-	s      *subscription
-	sub    *nats.Subscription
-	closed chan struct{} // closed when its last message was taken
-	lost   int           // of its losses, those counted
-	mu     sync.Mutex
+	s       *subscription
+	sub     *nats.Subscription
+	workers sync.WaitGroup
+	count   atomic.Int32 // workers there are
+	idle    atomic.Int32 // of these, those that wait for a message
+	lost    int          // of its losses, those counted
+	mu      sync.Mutex
 }
 
 // openPlain subscribes, as one of the workload's, to a subject or pattern of the wire.
 func (s *subscription) openPlain(wire string) (*plainSource, error) {
-	p := &plainSource{s: s, closed: make(chan struct{})}
+	p := &plainSource{s: s}
 	group := "wasmatrix-" + s.hub.id + "-" + s.key.name
-	sub, err := s.hub.link.nc.QueueSubscribe(wire, group, p.take)
+	sub, err := s.hub.link.nc.QueueSubscribeSync(wire, group)
 	if err != nil {
 		return nil, err
 	}
 	p.sub = sub
-	sub.SetClosedHandler(func(string) { close(p.closed) })
+	p.more()
 	return p, sub.SetPendingLimits(s.hub.link.deliver.pending, maxWaitingBytes)
+}
+
+// more adds a worker unless there are as many as handlers may run.
+func (p *plainSource) more() {
+	if int(p.count.Add(1)) > cap(p.s.slots) {
+		p.count.Add(-1)
+		return
+	}
+	p.workers.Add(1)
+	p.s.hub.crew.Run(p.work)
+}
+
+// maxIdle is how many workers wait for messages at most.
+const maxIdle = 2
+
+// work takes messages until the source is closed, or enough others wait for them.
+func (p *plainSource) work() {
+	defer p.workers.Done()
+	defer p.count.Add(-1)
+	for p.idle.Load() < maxIdle {
+		p.idle.Add(1)
+		raw, err := p.sub.NextMsgWithContext(p.s.hub.work)
+		left := p.idle.Add(-1)
+		if errors.Is(err, nats.ErrSlowConsumer) {
+			p.countLost()
+			continue
+		}
+		if err != nil {
+			return
+		}
+		if left == 0 {
+			p.more() // somebody has to wait for the next message while this one is handled
+		}
+		p.take(raw)
+	}
 }
 
 // close ends the source. What it has taken in is delivered if the provider
@@ -82,10 +122,7 @@ func (s *subscription) openPlain(wire string) (*plainSource, error) {
 func (p *plainSource) close() {
 	p.countLost()
 	if !isClosed(p.s.revoked) && p.s.taking.Err() != nil && p.sub.Drain() == nil {
-		select {
-		case <-p.closed:
-		case <-p.s.hub.work.Done():
-		}
+		p.workers.Wait() // they end with the last message, or with the hub's work
 	}
 	left, _, _ := p.sub.Pending()
 	_ = p.sub.Unsubscribe() // it may have ended with the connection
@@ -112,14 +149,13 @@ func (p *plainSource) take(raw *nats.Msg) {
 		s.drop(droppedUndelivered, 1)
 		return
 	}
-	p.countLost()
 	m, ok := s.read(raw.Subject, raw.Header, raw.Data)
 	if !ok || !s.begin() {
 		<-s.slots
 		return
 	}
 	m.wantsReply, m.delivery = raw.Reply != "", 1
-	s.hub.handlers.Run(func() { s.handlePlain(raw, m, 0) })
+	s.handlePlain(raw, m, 0)
 }
 
 // takeSlot waits for a slot; it reports false when the subscription ends first.
