@@ -420,15 +420,17 @@ func TestWriteIsNotSentAgainWhenItsConnectionBreaks(t *testing.T) {
 func TestDeadlineTravelsAndIsATimeout(t *testing.T) {
 	p := newPair(t)
 	var left atomic.Int64
+	answered := make(chan struct{})
 	s := &scripted{before: func(ctx context.Context) {
 		deadline, _ := ctx.Deadline()
 		left.Store(int64(time.Until(deadline)))
-		<-ctx.Done()
+		<-answered // not ctx: its end may come before that of the caller's
 	}}
 	c := s.attach(t, p)
 	ctx, cancel := context.WithTimeout(t.Context(), 150*time.Millisecond)
 	defer cancel()
 	_, err := c.Invoke(ctx, "s:1", call("set", false))
+	close(answered)
 	if !errors.Is(err, provider.ErrTimeout) {
 		t.Errorf("got %v, want ErrTimeout", err)
 	}
