@@ -1,6 +1,7 @@
 package wasm
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -113,13 +114,11 @@ func (s *slot) capability(mem api.Memory, capability, operation string, stack []
 	if !ok {
 		return s.refuse(out, "input of %d bytes at %d is outside of the guest's memory", inLen, inPtr)
 	}
-	// The host gets a copy: the guest's memory is unmapped when it ends, and a
-	// host that held on to it by mistake would bring down the process.
 	if unwanted {
 		f := s.failure(apierror.New(pb.ErrorCode_ERROR_CODE_TIMEOUT, "the caller's deadline has passed"))
 		return f.Code, s.deliver(out, f.Encoded)
 	}
-	answer, err := s.callHost(ctx, capability, operation, append([]byte(nil), in...))
+	answer, err := s.callHost(ctx, capability, operation, s.copied(in))
 	s.cutOff()
 	if err != nil {
 		var failure *runtime.Failure
@@ -130,6 +129,20 @@ func (s *slot) capability(mem api.Memory, capability, operation string, stack []
 		return max(failure.Code, 1), s.deliver(out, failure.Encoded)
 	}
 	return 0, s.deliver(out, answer)
+}
+
+// keptInput is the longest input whose memory a slot keeps for its next call.
+const keptInput = 64 << 10
+
+// copied returns a copy of a call's input, valid until the next one. The host gets
+// no memory of the guest: that is unmapped when the guest ends, and a host that held
+// on to it by mistake would bring down the process.
+func (s *slot) copied(in []byte) []byte {
+	if len(in) > keptInput {
+		return bytes.Clone(in)
+	}
+	s.input = append(s.input[:0], in...)
+	return s.input
 }
 
 // cutOff ends the guest like interruptible, and reports whether only the context

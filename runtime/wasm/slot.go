@@ -52,6 +52,8 @@ type slot struct {
 	// answer waits for wasmatrix:result/v1 read.
 	answer  []byte
 	waiting bool
+	// input is what the last call of the host got.
+	input []byte
 }
 
 // call is what bounds the present call of a slot.
