@@ -115,6 +115,23 @@ func (d *devCluster) state() state {
 	return s
 }
 
+// agent waits until the agent of node i, from 1, runs, and returns its pid.
+func (d *devCluster) agent(i int) (pid int) {
+	d.t.Helper()
+	ctx, cancel := context.WithTimeout(d.t.Context(), time.Minute)
+	defer cancel()
+	err := harness.Until(ctx, "the agent to run", func(context.Context) error {
+		if pid = d.state().Nodes[i-1].AgentPid; pid == 0 {
+			return errors.New("it has no pid")
+		}
+		return nil
+	})
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	return pid
+}
+
 // status asks node i, from 1.
 func (d *devCluster) status(ctx context.Context, i int) (*pb.StatusResponse, error) {
 	known, err := client.LoadContext(d.context)
@@ -198,7 +215,7 @@ func TestChaosProcesses(t *testing.T) {
 	d.chaos("paused "+name, "pause", name, "--for", "100ms")
 	d.until("the pause to end by itself", paused, func(s *pb.StatusResponse) bool { return s.LeaderId != "" })
 
-	agent := d.state().Nodes[0].AgentPid
+	agent := d.agent(1)
 	d.chaos(fmt.Sprintf("killed n1 (agent pid %d)", agent), "kill", "n1", "--only", "agent")
 	for _, tc := range [][]string{{"kill", "nope"}, {"resume", "n1"}, {"pause", "n1", "--for", "-1s"}, {"kill", "n1", "--only", "disk"}} {
 		if said, code := d.run(append([]string{"chaos"}, tc...)...); code == 0 || !strings.Contains(said, "error: ") {
