@@ -1,8 +1,10 @@
 package cluster
 
 import (
+	goruntime "runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -40,6 +42,10 @@ type parallelLogs struct {
 	unsynced []*raft.Log
 	writing  bool
 	failure  error
+
+	// cleared is set while the end of the log was deleted and nothing was stored
+	// in its place yet.
+	cleared atomic.Bool
 }
 
 func newParallelLogs(inner raft.LogStore, shared func() bool, broken func(error)) *parallelLogs {
@@ -57,10 +63,7 @@ func (p *parallelLogs) StoreLog(entry *raft.Log) error { return p.StoreLogs([]*r
 func (p *parallelLogs) StoreLogs(entries []*raft.Log) error {
 	configures := slices.ContainsFunc(entries, func(e *raft.Log) bool { return e.Type == raft.LogConfiguration })
 	if configures || !p.shared() && !plant.On(plant.UnsyncedAcknowledgement) {
-		if err := p.synced(); err != nil {
-			return err
-		}
-		return p.LogStore.StoreLogs(entries)
+		return p.store(entries)
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -75,6 +78,31 @@ func (p *parallelLogs) StoreLogs(entries []*raft.Log) error {
 		p.writing = true
 		go p.write()
 	}
+	return nil
+}
+
+// store stores entries. When it has cleared the end of the log for them it returns
+// only once they are stored: hashicorp/raft goes on to believe in the entries that
+// are gone, would refuse all that come in their place, and panic when it is told
+// that they are committed. On a full disk it waits for room, and otherwise ends the
+// goroutine of Raft, which is the caller's: this peer has been told to stop.
+func (p *parallelLogs) store(entries []*raft.Log) error {
+	err := p.synced()
+	if err == nil {
+		err = p.LogStore.StoreLogs(entries)
+	}
+	if !p.cleared.Load() {
+		return err
+	}
+	for isFull(err) {
+		<-time.After(spaceRetry)
+		err = p.LogStore.StoreLogs(entries)
+	}
+	if err != nil {
+		p.broken(err)
+		goruntime.Goexit()
+	}
+	p.cleared.Store(false)
 	return nil
 }
 
@@ -160,5 +188,15 @@ func (p *parallelLogs) DeleteRange(first, last uint64) error {
 	if err := p.synced(); err != nil {
 		return err
 	}
-	return p.LogStore.DeleteRange(first, last)
+	end, err := p.LogStore.LastIndex()
+	if err != nil {
+		return err
+	}
+	if err := p.LogStore.DeleteRange(first, last); err != nil {
+		return err
+	}
+	if last >= end {
+		p.cleared.Store(true)
+	}
+	return nil
 }

@@ -152,6 +152,56 @@ func TestFullDiskIsWaitedFor(t *testing.T) {
 }
 
 // inMemory gives a peer stores in memory, with a gate before its log.
+// hashicorp/raft does not take back what it believes to be its last entry when it
+// has cleared the end of its log and then cannot store what belongs there.
+func TestAClearedEndOfTheLogIsFilledOrRaftEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		disk := newGatedLogs()
+		var broken error
+		logs := newParallelLogs(disk, func() bool { return false }, func(err error) { broken = err })
+		if err := logs.StoreLogs(entriesFrom(1, 5)); err != nil {
+			t.Fatal(err)
+		}
+		disk.errs = []error{raftfile.ErrFull}
+		if err := logs.StoreLogs(entriesFrom(6, 1)); !errors.Is(err, raftfile.ErrFull) {
+			t.Errorf("a write that only adds: %v", err)
+		}
+		if err := logs.DeleteRange(1, 2); err != nil { // as after a snapshot
+			t.Fatal(err)
+		}
+		disk.errs = []error{raftfile.ErrFull}
+		if err := logs.StoreLogs(entriesFrom(6, 1)); !errors.Is(err, raftfile.ErrFull) {
+			t.Errorf("a write after the beginning was deleted: %v", err)
+		}
+		clear := func() {
+			if err := logs.DeleteRange(4, 5); err != nil {
+				t.Fatal(err)
+			}
+		}
+		clear()
+		disk.errs = []error{raftfile.ErrFull, syscall.ENOSPC, raftfile.ErrFull}
+		began := time.Now()
+		if err := logs.StoreLogs(entriesFrom(4, 2)); err != nil || time.Since(began) != 3*spaceRetry {
+			t.Errorf("on a full disk: %v after %s", err, time.Since(began))
+		}
+		if last, err := disk.LastIndex(); last != 5 || err != nil || broken != nil {
+			t.Errorf("the log ends at %d, %v, %v", last, err, broken)
+		}
+		clear()
+		disk.errs = []error{errors.New("the disk failed")}
+		ended, returned := make(chan struct{}), false
+		go func() {
+			defer close(ended)
+			_ = logs.StoreLogs(entriesFrom(4, 2))
+			returned = true
+		}()
+		<-ended
+		if returned || broken == nil {
+			t.Errorf("raft goes on: %t, the peer was told of %v", returned, broken)
+		}
+	})
+}
+
 func inMemory(disk *gatedLogs) func(*Config) {
 	return func(c *Config) {
 		c.Seams.Logs, c.Seams.Stable, c.Seams.SnapshotStore = disk, raft.NewInmemStore(), raft.NewInmemSnapshotStore()
