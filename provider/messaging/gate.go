@@ -13,17 +13,17 @@ type gate struct {
 	fence provider.Fence
 }
 
-// do runs the effect of a call unless it is superseded or late. Nothing comes in
-// between the decision and the effect; effects of several calls run at once.
-func (g *gate) do(call *provider.Call, effect func() error) error {
+// enter lets a call have its effect unless it is superseded or late: after a nil,
+// the effect and then leave must follow. Nothing comes in between; effects of
+// several calls run at once.
+func (g *gate) enter(call *provider.Call) error {
 	for mark := call.Mark(); ; {
 		g.mu.RLock()
 		if g.fence.Seen(call.Instance) == mark {
 			err := call.Admit()
-			if err == nil {
-				err = effect()
+			if err != nil {
+				g.mu.RUnlock()
 			}
-			g.mu.RUnlock()
 			return err
 		}
 		g.mu.RUnlock()
@@ -32,6 +32,8 @@ func (g *gate) do(call *provider.Call, effect func() error) error {
 		}
 	}
 }
+
+func (g *gate) leave() { g.mu.RUnlock() }
 
 // raise takes up that a placement calls, and refuses an older one.
 func (g *gate) raise(call *provider.Call) error {

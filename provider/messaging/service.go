@@ -77,19 +77,22 @@ func (s *service) Invoke(ctx context.Context, call provider.Call) ([]byte, error
 // publish hands a message to the server, and waits until it is stored where
 // messages are kept.
 func (s *service) publish(ctx context.Context, call *provider.Call, r *request) ([]byte, error) {
-	subject := string(r.subject)
-	if s.link.keeps(subject) {
+	wire := s.link.prefix + string(r.subject)
+	if subject := wire[len(s.link.prefix):]; s.link.keeps(subject) {
 		return s.store(ctx, call, r, subject)
 	}
-	m := nats.Msg{Subject: s.link.prefix + subject, Data: r.payload, Header: headersOf(r.headers)}
-	err := s.gate.do(call, func() error {
-		if err := s.link.nc.PublishMsg(&m); err != nil {
-			return natsError(err, false)
-		}
-		return nil
-	})
-	if err != nil {
+	if err := s.gate.enter(call); err != nil {
 		return nil, err
+	}
+	var err error
+	if len(r.headers) == 0 {
+		err = s.link.nc.Publish(wire, r.payload)
+	} else {
+		err = s.link.nc.PublishMsg(&nats.Msg{Subject: wire, Data: r.payload, Header: headersOf(r.headers)})
+	}
+	s.gate.leave()
+	if err != nil {
+		return nil, natsError(err, false)
 	}
 	s.meter.published.Inc()
 	return []byte{}, nil
@@ -108,18 +111,16 @@ func (s *service) store(ctx context.Context, call *provider.Call, r *request, su
 			m.Header[nats.MsgIdHdr] = []string{call.Name + "\x1f" + subject + "\x1f" + string(r.headers[i].value)}
 		}
 	}
-	var stored jetstream.PubAckFuture
-	err := s.gate.do(call, func() (err error) {
-		if stored, err = s.link.js.PublishMsgAsync(m, jetstream.WithStallWait(time.Second)); err != nil {
-			if errors.Is(err, jetstream.ErrTooManyStalledMsgs) {
-				return storeError(err)
-			}
-			return natsError(err, false)
-		}
-		return nil
-	})
-	if err != nil {
+	if err := s.gate.enter(call); err != nil {
 		return nil, err
+	}
+	stored, err := s.link.js.PublishMsgAsync(m, jetstream.WithStallWait(time.Second))
+	s.gate.leave()
+	switch {
+	case errors.Is(err, jetstream.ErrTooManyStalledMsgs):
+		return nil, storeError(err)
+	case err != nil:
+		return nil, natsError(err, false)
 	}
 	select {
 	case ack := <-stored.Ok():
@@ -165,14 +166,13 @@ func (s *service) request(ctx context.Context, call *provider.Call, r *request) 
 	var answer <-chan *nats.Msg
 	answer, m.Reply = s.replies.expect()
 	defer s.replies.forget(m.Reply)
-	err := s.gate.do(call, func() error {
-		if err := s.link.nc.PublishMsg(&m); err != nil {
-			return natsError(err, false)
-		}
-		return nil
-	})
-	if err != nil {
+	if err := s.gate.enter(call); err != nil {
 		return nil, err
+	}
+	err := s.link.nc.PublishMsg(&m)
+	s.gate.leave()
+	if err != nil {
+		return nil, natsError(err, false)
 	}
 	s.meter.published.Inc()
 	select {
@@ -219,9 +219,10 @@ func (s *service) subscribe(ctx context.Context, call provider.Call, subject str
 		}
 	}
 	// The record itself is fenced where it is committed.
-	if err := s.gate.do(&call, func() error { return nil }); err != nil {
+	if err := s.gate.enter(&call); err != nil {
 		return nil, err
 	}
+	s.gate.leave()
 	call.Payload = nil
 	existed, err := s.hub.messages.Record(ctx, call, s.id, subject, subscribed)
 	if err != nil {
