@@ -88,6 +88,7 @@ func newLab(t testing.TB) *lab {
 		level = slog.LevelWarn
 	}
 	l.logs = slog.New(slog.NewTextHandler(buffer, &slog.HandlerOptions{Level: level}))
+	t.TempDir() // what is first is removed last: not before the peers have ended
 	t.Cleanup(func() {
 		for _, p := range l.peers {
 			p.stop()
