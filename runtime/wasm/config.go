@@ -34,6 +34,9 @@ type Config struct {
 	// IdleModules is how many loaded modules are kept in memory while no instance
 	// uses them; 0 means 16, negative none.
 	IdleModules int
+	// SingleUse is for a process that runs one instance: nothing is made ready for
+	// the next start of its module.
+	SingleUse bool
 	// Limits bound modules; zeros mean the defaults.
 	Limits module.Limits
 	// Logger takes what operators should know; guests' output never goes there.

@@ -86,6 +86,9 @@ func newInstance(r *Runtime, e *entry, spec runtime.Spec, host runtime.Host, lim
 	}
 }
 
+// Command reports whether the module is a command rather than a reactor.
+func (i *instance) Command() bool { return i.unit.shape.command }
+
 // nanotime is the guest's monotonic clock; it begins with the runtime.
 func (i *instance) nanotime() int64 { return int64(time.Since(i.runtime.began)) }
 

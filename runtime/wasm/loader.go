@@ -27,6 +27,8 @@ type loader struct {
 	disk     *diskCache // nil without a directory
 	compiler compiler
 	idleMax  int
+	// singleUse keeps no spare slots.
+	singleUse bool
 	// reading bounds how many modules are held in memory whole at once.
 	reading chan struct{}
 	metrics *metrics

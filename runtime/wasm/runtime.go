@@ -48,7 +48,7 @@ func New(ctx context.Context, config Config) (*Runtime, error) {
 		return nil, err
 	}
 	l := &loader{
-		limits: config.Limits, wasi: wasi, idleMax: config.IdleModules, metrics: m, logger: config.Logger,
+		limits: config.Limits, wasi: wasi, idleMax: config.IdleModules, singleUse: config.SingleUse, metrics: m, logger: config.Logger,
 		compiler: compiler{
 			command: config.CompileCommand, timeout: config.CompileTimeout, memory: config.CompileMemoryBytes,
 			slots: make(chan struct{}, config.CompileConcurrency),
@@ -80,19 +80,29 @@ func (r *Runtime) Prepare(ctx context.Context, spec runtime.Spec, host runtime.H
 	if err != nil {
 		return nil, fmt.Errorf("preparing %s: %w: %w", spec.InstanceID, runtime.ErrModuleInvalid, err)
 	}
-	limit := min(spec.MemoryBytes, maxMemoryBytes) / pageBytes * pageBytes
-	e, err := r.loader.acquire(ctx, spec.Digest, spec.ModulePath)
+	e, limit, err := r.load(ctx, spec)
 	if err != nil {
-		return nil, fmt.Errorf("preparing %s: %w", spec.InstanceID, err)
-	}
-	if need := e.unit.shape.memory; need > limit {
-		r.loader.release(e)
-		return nil, fmt.Errorf("preparing %s: %w: the module starts with %s of memory and the instance's limit is %s; raise the limit or link the module with less",
-			spec.InstanceID, runtime.ErrModuleInvalid, bytesText(need), bytesText(limit))
+		return nil, err
 	}
 	i := newInstance(r, e, spec, host, limit)
 	i.args, i.env = args, env
 	return i, nil
+}
+
+// load returns spec's module, which must be released, and the limit of a linear
+// memory of it.
+func (r *Runtime) load(ctx context.Context, spec runtime.Spec) (*entry, uint64, error) {
+	limit := min(spec.MemoryBytes, maxMemoryBytes) / pageBytes * pageBytes
+	e, err := r.loader.acquire(ctx, spec.Digest, spec.ModulePath)
+	if err != nil {
+		return nil, 0, fmt.Errorf("preparing %s: %w", spec.InstanceID, err)
+	}
+	if need := e.unit.shape.memory; need > limit {
+		r.loader.release(e)
+		return nil, 0, fmt.Errorf("preparing %s: %w: the module starts with %s of memory and the instance's limit is %s; raise the limit or link the module with less",
+			spec.InstanceID, runtime.ErrModuleInvalid, bytesText(need), bytesText(limit))
+	}
+	return e, limit, nil
 }
 
 // Close frees all modules. Instances that are still open keep theirs until they

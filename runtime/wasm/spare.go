@@ -3,6 +3,8 @@ package wasm
 import (
 	"context"
 	"sync"
+
+	"github.com/wasmatrix/wasmatrix/runtime"
 )
 
 // maxSpareBytes is the most memory a module may start with for a spare slot of it
@@ -83,26 +85,52 @@ func (l *loader) slotFor(i *instance) *slot {
 // keepSpare sees to it that the next start of the module finds a slot that is
 // instantiated. It returns at once.
 func (l *loader) keepSpare(e *entry, limit uint64) {
-	u := e.unit
-	if u.shape.start || u.shape.memory > maxSpareBytes || !u.spare.want(limit) {
+	if l.singleUse || !e.unit.wantsSpare(limit) {
 		return
 	}
 	l.mu.Lock()
 	if l.life.Err() != nil {
 		l.mu.Unlock()
-		u.spare.put(nil, 0)
+		e.unit.spare.put(nil, 0)
 		return
 	}
 	e.refs++
 	l.work.Go(func() {
 		defer l.release(e)
-		s := &slot{unit: u, memory: linearMemory{account: &account{gauge: l.metrics.spare}, limit: limit}}
-		if err := s.enter(call{caller: l.life}, func(ctx context.Context) error { return s.instantiate(ctx) }); err != nil {
-			// The next instance of this module meets the same and says so.
-			s.close()
-			s = nil
-		}
-		u.spare.put(s, limit)
+		l.fillSpare(e.unit, limit)
 	})
 	l.mu.Unlock()
+}
+
+// wantsSpare reports whether the caller shall make a spare slot; it must. A module
+// whose instantiation runs code of the guest gets none.
+func (u *unit) wantsSpare(limit uint64) bool {
+	return !u.shape.start && u.shape.memory <= maxSpareBytes && u.spare.want(limit)
+}
+
+// fillSpare instantiates a spare slot.
+func (l *loader) fillSpare(u *unit, limit uint64) {
+	s := &slot{unit: u, memory: linearMemory{account: &account{gauge: l.metrics.spare}, limit: limit}}
+	if err := s.enter(call{caller: l.life}, func(ctx context.Context) error { return s.instantiate(ctx) }); err != nil {
+		// The next instance of this module meets the same and says so.
+		s.close()
+		s = nil
+	}
+	u.spare.put(s, limit)
+}
+
+// Warm makes the next start of a module quick: the module is compiled and kept as
+// if an instance had used it, and a slot is instantiated for instances with the
+// memory limit of spec, which needs only that, Digest and ModulePath. No code of
+// the guest runs. It fails as Prepare does.
+func (r *Runtime) Warm(ctx context.Context, spec runtime.Spec) error {
+	e, limit, err := r.load(ctx, spec)
+	if err != nil {
+		return err
+	}
+	defer r.loader.release(e)
+	if e.unit.wantsSpare(limit) {
+		r.loader.fillSpare(e.unit, limit)
+	}
+	return nil
 }

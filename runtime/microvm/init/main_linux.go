@@ -1,0 +1,7 @@
+package main
+
+import "github.com/wasmatrix/wasmatrix/runtime/microvm/guest"
+
+func isInit() bool { return guest.IsInit() }
+
+func serve() { guest.Main() }
