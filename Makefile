@@ -4,6 +4,7 @@ GO ?= go
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 LDFLAGS := -s -w -X github.com/wasmatrix/wasmatrix/cmd/wasmatrix/node.Version=$(VERSION)
 BIN := build/wasmatrix
+EMBEDDED_INIT := cmd/wasmatrix/node/guestinit/init.gz
 REACTORS := $(addprefix build/guests/,hello.wasm greeter.wasm orders.wasm)
 GUESTS := $(REACTORS) build/guests/wordcount.wasm
 GUEST_SOURCES := $(shell find guest/go -name '*.go' -not -name '*_test.go' 2>/dev/null) guest/go/go.mod
@@ -24,12 +25,18 @@ demo: build guests ## three nodes as real processes, a guest, a killed leader: s
 	$(GO) run ./test/demo -binary $(BIN) -guests build/guests
 
 # Packages whose tests need the built binary, or are a lane of their own.
-LANES := /test/e2e|/test/capability|/test/corruption|/test/chaos|/test/sim
+LANES := /test/e2e|/test/capability|/test/microvm|/test/corruption|/test/chaos|/test/sim
 ON_BINARY := WASMATRIX_BINARY=$(CURDIR)/$(BIN) WASMATRIX_GUESTS=$(CURDIR)/build/guests
 
 .PHONY: build
-build: ## build the binary into build/wasmatrix
-	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN) ./cmd/wasmatrix
+build: microvm-init ## build the binary into build/wasmatrix
+	$(GO) build -trimpath -tags guestinit -ldflags '$(LDFLAGS)' -o $(BIN) ./cmd/wasmatrix
+
+# What the binary embeds. The same sources and the same Go make the same bytes.
+.PHONY: microvm-init
+microvm-init: ## build the init of virtual machines into build/wasmatrix-microvm-init
+	GOOS=linux GOARCH=amd64 CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '-s -w' -o $(BIN)-microvm-init ./runtime/microvm/init
+	@if [ ! -e $(EMBEDDED_INIT) ] || [ $(BIN)-microvm-init -nt $(EMBEDDED_INIT) ]; then gzip -9 -n -c $(BIN)-microvm-init > $(EMBEDDED_INIT); fi
 
 .PHONY: guests
 guests: $(GUESTS) ## build the example guests into build/guests
@@ -79,6 +86,15 @@ chaos: build guests ## histories of real processes under faults, checked for lin
 capability: build guests ## providers stopped, updated, drained and killed under load, revocations, messages: ROUNDS=50 MESSAGES=100000
 	$(if $(MESSAGES),WASMATRIX_MESSAGES=$(MESSAGES)) WASMATRIX_REVOKE_ROUNDS=$(ROUNDS) \
 	  $(ON_BINARY) $(GO) test -v -count=1 -timeout 60m ./test/capability
+
+# What runs only in virtual machines, and tests of e2e and capability that run there again. All are emulated.
+IN_MICROVM := WASM_RUNTIME_BACKEND=microvm WASMATRIX_NODELOSS_ROUNDS=1 WASMATRIX_NODELOSS_PAUSES=10s
+
+.PHONY: microvm
+microvm: build guests ## instances in emulated virtual machines
+	$(IN_MICROVM) $(ON_BINARY) $(GO) test -v -count=1 -timeout 20m ./test/e2e ./test/microvm ./test/capability \
+	  -run '^(TestMicroVM.*|TestOrders|TestGreeter|TestAgentKilled|TestNodeKilled|TestAgentPaused|TestProviderLife)$$' \
+	  -skip '^TestProviderLife$$/^(kv_|http_|messaging_|external_on_the_same)'
 
 .PHONY: corruption
 FLIPS ?= 200
@@ -146,7 +162,7 @@ cross: ## build for the other platforms
 
 .PHONY: clean
 clean: ## remove everything that was built
-	rm -rf build
+	rm -rf build $(EMBEDDED_INIT)
 
 $(BUF): tools/buf/go.mod tools/protoc-gen/go.mod
 	@mkdir -p $(TOOLS)

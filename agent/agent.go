@@ -160,6 +160,7 @@ func complete(cfg Config) (Config, error) {
 	if len(info.Runtimes) == 0 {
 		info.Runtimes = slices.Sorted(maps.Keys(cfg.Runtimes))
 	}
+	info.RuntimeInfo = offers(info, cfg.DefaultRuntime)
 	cfg.Node = info
 	if cfg.Clock == nil {
 		cfg.Clock = bootClock()
@@ -206,7 +207,7 @@ func (a *Agent) newWorker(m *metrics) *worker {
 		node: a.nodeID(), logs: a.logs, lease: a.lease, metrics: m, log: a.log, report: a.observedInstance,
 		supervisors: map[string]*supervisor{}, wake: make(chan struct{}, 1),
 		exec: &executor{
-			modules: a.modules, runtimes: a.cfg.Runtimes, defaultRuntime: a.cfg.DefaultRuntime,
+			modules: a.modules, runtimes: a.cfg.Runtimes, offers: a.cfg.Node.GetRuntimeInfo(),
 			hosts: a.hostOf, grace: a.cfg.Grace, log: a.log,
 		},
 	}

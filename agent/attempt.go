@@ -27,12 +27,12 @@ var fetchBackoff = restartPolicy{backoff: 500 * time.Millisecond, maxBackoff: 15
 
 // executor runs attempts: it has all that an attempt needs from its node.
 type executor struct {
-	modules        *moduleStore
-	runtimes       map[string]runtime.Runtime
-	defaultRuntime string
-	hosts          func(inst *pb.Instance, log *instanceLog) guestHost
-	grace          time.Duration
-	log            *slog.Logger
+	modules  *moduleStore
+	runtimes map[string]runtime.Runtime
+	offers   []*pb.RuntimeInfo // of runtimes, as the control plane was told
+	hosts    func(inst *pb.Instance, log *instanceLog) guestHost
+	grace    time.Duration
+	log      *slog.Logger
 }
 
 // guestHost is a guest's way out, which is closed behind it.
@@ -86,9 +86,10 @@ type observer interface {
 // run carries out an attempt and returns how it ended. When a stop was asked for
 // before the guest had ended by itself, the reason is Stopped.
 func (x *executor) run(a *attempt, on observer) runtime.Exit {
-	rt, name := x.runtime(a.inst)
+	in := x.runtimeOf(a.inst)
+	rt := x.runtimes[in.GetName()]
 	if rt == nil {
-		return runtime.Exit{Reason: runtime.Internal, Message: fmt.Sprintf("this node has no runtime %q", name)}
+		return runtime.Exit{Reason: runtime.Internal, Message: fmt.Sprintf("this node has no runtime %q", in.GetName())}
 	}
 	module, ok := x.module(a, on)
 	if !ok {
@@ -119,13 +120,9 @@ func stoppedBefore(what string) runtime.Exit {
 	return runtime.Exit{Reason: runtime.Stopped, Message: "it ended before " + what}
 }
 
-// runtime returns the executor that the instance asks for, nil when there is none.
-func (x *executor) runtime(inst *pb.Instance) (runtime.Runtime, string) {
-	name := inst.GetSpec().GetRuntime()
-	if name == "" {
-		name = x.defaultRuntime
-	}
-	return x.runtimes[name], name
+// runtimeOf returns the runtime that the instance asks for, else the node's default.
+func (x *executor) runtimeOf(inst *pb.Instance) *pb.RuntimeInfo {
+	return chosenRuntime(x.offers, inst.GetSpec().GetRuntime())
 }
 
 // module gets the module, trying until it is there; it reports false when the

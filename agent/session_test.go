@@ -44,6 +44,10 @@ func TestAnAssignedInstanceRunsAndIsReported(t *testing.T) {
 		if got := leader.registered.GetInfo(); got.GetId() != testNode || got.GetPlatform() == "" || len(got.GetRuntimes()) != 1 {
 			t.Fatalf("registered as %v", got)
 		}
+		told := leader.registered.GetInfo().GetRuntimeInfo()
+		if len(told) != 1 || told[0].GetName() != "wasm" || !told[0].GetIsDefault() {
+			t.Fatalf("it offers %v", told)
+		}
 	})
 }
 

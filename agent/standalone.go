@@ -125,7 +125,7 @@ func (s *standalone) check(spec *pb.WorkloadSpec) ([]*pb.CapabilityGrant, error)
 	}
 	if !s.runtimes(spec.GetRuntime()) {
 		return nil, apierror.New(pb.ErrorCode_ERROR_CODE_INVALID_REQUEST, "this node has no runtime %q", spec.GetRuntime()).
-			With("runtime", spec.GetRuntime())
+			With("runtime", spec.GetRuntime()).Next("wasmatrix doctor on this machine says what it takes")
 	}
 	if _, err := memoryLimit(spec.GetLimits().GetMemory()); err != nil {
 		return nil, apierror.New(pb.ErrorCode_ERROR_CODE_INVALID_REQUEST, "%s", err)

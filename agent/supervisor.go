@@ -188,8 +188,10 @@ func (s *supervisor) begin(ctx context.Context) *attempt {
 		Generation: s.have.generation, Attempt: s.status.GetAttempt(), CrashCount: s.status.GetCrashCount(),
 		Retries: uint32(s.retries),
 	}
+	in := s.worker.exec.runtimeOf(s.inst)
 	s.changeLocked(func(st *pb.InstanceStatus) {
 		st.State = pb.InstanceState_INSTANCE_STATE_PREPARING
+		st.Runtime, st.Isolation = in.GetName(), in.GetIsolation()
 		st.Attempt++
 	})
 	return s.attempt

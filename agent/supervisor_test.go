@@ -39,6 +39,33 @@ func TestACrashingInstanceIsRetriedWithGrowingWaitsAndThenFails(t *testing.T) {
 	})
 }
 
+// The registry learns which runtime was taken for a spec that names none, with
+// what keeps the instance apart there.
+func TestAnInstanceTellsItsRuntime(t *testing.T) {
+	bubble(t, func(t *testing.T, n *network, leader *fakePeer) {
+		agent := start(t, testConfig(t, n, func(c *Config) {
+			c.Node.RuntimeInfo = []*pb.RuntimeInfo{{Name: "wasm", Isolation: "sandbox"}, {Name: "unknown", Isolation: "none"}}
+		}))
+		if got := agent.Agent.cfg.Node.GetRuntimeInfo(); len(got) != 1 {
+			t.Fatalf("it offers %v, want what it has", got)
+		}
+		leader.put(putInstance(instance(leader, "web-1")), putInstance(instance(leader, "vm-1", func(i *pb.Instance) { i.Spec.Runtime = "microvm" })))
+		within(t, time.Second, "it runs", leader.reports("web-1", stateRunning, 1))
+		if st := leader.reported("web-1"); st.GetRuntime() != "wasm" || st.GetIsolation() != "sandbox" {
+			t.Fatalf("reported %v", st)
+		}
+		within(t, time.Minute, "it cannot", leader.reports("vm-1", pb.InstanceState_INSTANCE_STATE_CRASHED, 1))
+		if st := leader.reported("vm-1"); st.GetRuntime() != "microvm" || st.GetIsolation() != "" || !strings.Contains(st.GetMessage(), `no runtime "microvm"`) {
+			t.Fatalf("reported %v", st)
+		}
+		agent.fake.Crash("web-1", trap)
+		within(t, time.Second, "the crash is reported", leader.reports("web-1", pb.InstanceState_INSTANCE_STATE_CRASHED, 1))
+		if st := leader.reported("web-1"); st.GetRuntime() != "wasm" {
+			t.Fatalf("reported %v", st)
+		}
+	})
+}
+
 func TestACrashedInstanceTellsWhenItStartsAgain(t *testing.T) {
 	bubble(t, func(t *testing.T, n *network, leader *fakePeer) {
 		agent := start(t, testConfig(t, n))

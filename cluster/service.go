@@ -1,6 +1,7 @@
 package cluster
 
 import (
+	"cmp"
 	"context"
 	"slices"
 	"strings"
@@ -309,6 +310,7 @@ func countState(view fsm.View, out *pb.StatusResponse) {
 	for _, n := range view.Nodes(nil) {
 		if n.GetState() == pb.NodeState_NODE_STATE_READY {
 			out.NodesReady++
+			countRuntimes(n, out)
 		} else {
 			out.NodesLost++
 		}
@@ -318,6 +320,20 @@ func countState(view fsm.View, out *pb.StatusResponse) {
 	}
 	for _, pr := range view.Providers(nil) {
 		out.Providers[strings.TrimPrefix(pr.GetStatus().GetState().String(), "PROVIDER_STATE_")]++
+	}
+}
+
+// countRuntimes adds what a node offers, in the order of the runtimes' names.
+func countRuntimes(n *pb.Node, out *pb.StatusResponse) {
+	for _, r := range n.GetInfo().GetRuntimeInfo() {
+		offer := &pb.RuntimeOffer{Name: r.GetName(), Isolation: r.GetIsolation()}
+		at, known := slices.BinarySearchFunc(out.Runtimes, offer, func(a, b *pb.RuntimeOffer) int {
+			return cmp.Or(strings.Compare(a.GetName(), b.GetName()), strings.Compare(a.GetIsolation(), b.GetIsolation()))
+		})
+		if !known {
+			out.Runtimes = slices.Insert(out.Runtimes, at, offer)
+		}
+		out.Runtimes[at].Nodes++
 	}
 }
 

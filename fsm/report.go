@@ -120,6 +120,8 @@ func observed(known, report *pb.InstanceStatus) *pb.InstanceStatus {
 		NextRetryAt: pick(report.GetNextRetryAt(), nil),
 		StartedAt:   pick(report.GetStartedAt(), known.GetStartedAt()),
 		FinishedAt:  pick(report.GetFinishedAt(), known.GetFinishedAt()),
+		Runtime:     report.GetRuntime(),
+		Isolation:   report.GetIsolation(),
 	}
 }
 
@@ -136,6 +138,7 @@ func sameStatus(a, b *pb.InstanceStatus) bool {
 	return a.GetState() == b.GetState() && a.GetGeneration() == b.GetGeneration() &&
 		a.GetAttempt() == b.GetAttempt() && a.GetReason() == b.GetReason() &&
 		a.GetMessage() == b.GetMessage() && a.GetExitCode() == b.GetExitCode() &&
+		a.GetRuntime() == b.GetRuntime() && a.GetIsolation() == b.GetIsolation() &&
 		a.GetCrashCount() == b.GetCrashCount() && a.GetRetries() == b.GetRetries() && sameTime(a.GetNextRetryAt(), b.GetNextRetryAt()) &&
 		sameTime(a.GetStartedAt(), b.GetStartedAt()) && sameTime(a.GetFinishedAt(), b.GetFinishedAt())
 }

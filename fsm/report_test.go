@@ -182,6 +182,33 @@ func TestWhatAReportLeavesInTheRegistry(t *testing.T) {
 	}
 }
 
+// Which runtime an instance runs in is what its agent says, until it is placed anew.
+func TestTheRuntimeOfAnInstanceIsWhatItsAgentSays(t *testing.T) {
+	b := newBed(t)
+	b.module()
+	b.node("n1")
+	b.run("w", "always")
+	b.place("w-1", "n1")
+	in := func(runtime, isolation string) func(*pb.InstanceStatus) {
+		return func(s *pb.InstanceStatus) { s.Runtime, s.Isolation = runtime, isolation }
+	}
+	for _, runtime := range []string{"wasm", "microvm"} {
+		if !b.report("w-1", state("RUNNING"), 1, in(runtime, runtime+"'s")) {
+			t.Errorf("a report with another runtime changed nothing")
+		}
+		if st := b.instance("w-1").GetStatus(); st.GetRuntime() != runtime || st.GetIsolation() != runtime+"'s" {
+			t.Errorf("runtime %q, isolation %q", st.GetRuntime(), st.GetIsolation())
+		}
+	}
+	if b.report("w-1", state("RUNNING"), 1, in("microvm", "microvm's")) {
+		t.Error("the same report had an effect again")
+	}
+	b.node("n1") // its agent is another one, the instance is to be placed again
+	if st := b.instance("w-1").GetStatus(); st.GetState() == state("RUNNING") || st.GetState() == state("PENDING") && st.GetRuntime() != "" {
+		t.Errorf("after the loss of its agent: %v", st)
+	}
+}
+
 func TestProviderReports(t *testing.T) {
 	b := newBed(t)
 	b.node("n1", kv("kv"))

@@ -11,6 +11,9 @@ need gcc gcc
 need strace strace
 need ip iproute2
 need nsenter util-linux
+# What runs virtual machines: QEMU, and a small kernel with its modules.
+need qemu-system-x86_64 qemu-system-x86
+[ "$(uname -m)" != x86_64 ] || ls /boot/vmlinuz-*cloud-amd64 >/dev/null 2>&1 || missing+=(linux-image-cloud-amd64)
 # The real servers behind drivers, and what the provider example in Python runs on.
 need redis-server redis-server
 need nats-server nats-server
@@ -19,7 +22,7 @@ need nats-server nats-server
 [ -e /usr/include/stdlib.h ] || missing+=(libc6-dev)
 if [ ${#missing[@]} -eq 0 ]; then exit 0; fi
 if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null 2>&1; then
-  echo "missing: ${missing[*]}; install them (on Debian as root: apt-get install ${missing[*]})" >&2
+  echo "missing: ${missing[*]}; install them (on Debian as root: apt-get install --no-install-recommends ${missing[*]})" >&2
   exit 1
 fi
 echo "installing ${missing[*]}"

@@ -138,7 +138,7 @@ func (n *needs) mismatches(node *pb.Node) []refusal {
 		}
 		out = append(out, refusal{
 			"without runtime " + n.runtime,
-			fmt.Sprintf("runtime %s is wanted, node offers %s", n.runtime, has),
+			fmt.Sprintf("runtime %s is wanted, node offers %s (wasmatrix doctor says there why)", n.runtime, has),
 		})
 	}
 	return out
@@ -157,6 +157,23 @@ func (n *needs) matches(node *pb.Node) bool {
 		}
 	}
 	return true
+}
+
+// runtimeOn returns what a node tells of the runtime that n would run in there;
+// nil when the node does not offer it, and for what needs none.
+func (n *needs) runtimeOn(node *pb.Node) *pb.RuntimeInfo {
+	if !n.slot {
+		return nil
+	}
+	for _, offered := range node.GetInfo().GetRuntimeInfo() {
+		if offered.GetName() == n.runtime || n.runtime == "" && offered.GetIsDefault() {
+			return offered
+		}
+	}
+	if n.runtime != "" && slices.Contains(node.GetInfo().GetRuntimes(), n.runtime) {
+		return &pb.RuntimeInfo{Name: n.runtime} // an agent that does not tell more
+	}
+	return nil
 }
 
 // labelOf returns a node's label; one set by an operator wins over the node's own.

@@ -51,7 +51,10 @@ func (t *table) decide(n *needs) (Decision, []*pb.NodeVerdict) {
 	chosen := newQueue(t, n).first()
 	verdicts := make([]*pb.NodeVerdict, len(t.nodes))
 	for i, l := range t.nodes {
-		v := &pb.NodeVerdict{NodeId: l.node.GetId(), Chosen: l == chosen}
+		in := n.runtimeOn(l.node)
+		v := &pb.NodeVerdict{
+			NodeId: l.node.GetId(), Chosen: l == chosen, Runtime: in.GetName(), Isolation: in.GetIsolation(),
+		}
 		for _, r := range l.refusals(n) {
 			v.Reasons = append(v.Reasons, r.detail)
 		}

@@ -148,6 +148,57 @@ func TestRefusalsSayWhy(t *testing.T) {
 	}
 }
 
+// A verdict says in which runtime an instance would run on a node, and what would
+// keep it apart there.
+func TestVerdictsNameTheRuntime(t *testing.T) {
+	offering := func(infos ...*pb.RuntimeInfo) func(*pb.Node) {
+		return func(n *pb.Node) {
+			n.Info.Runtimes, n.Info.RuntimeInfo = nil, infos
+			for _, r := range infos {
+				n.Info.Runtimes = append(n.Info.Runtimes, r.GetName())
+			}
+		}
+	}
+	microvm := func(isolation string, standard bool) *pb.RuntimeInfo {
+		return &pb.RuntimeInfo{Name: "microvm", Isolation: isolation, IsDefault: standard}
+	}
+	wasm := func(standard bool) *pb.RuntimeInfo {
+		return &pb.RuntimeInfo{Name: "wasm", Isolation: "sandbox", IsDefault: standard}
+	}
+	w := newWorld(
+		node("n1", offering(wasm(true))),
+		node("n2", offering(microvm("emulated", false), wasm(true))),
+		node("n3", offering(microvm("hardware", true), wasm(false))),
+		node("n4"), // an agent that tells names only
+	)
+	for _, tt := range []struct {
+		runtime string
+		want    map[string]string
+		refuses map[string]string
+	}{
+		{"", map[string]string{"n1": "wasm sandbox", "n2": "wasm sandbox", "n3": "microvm hardware", "n4": " "}, nil},
+		{"wasm", map[string]string{"n1": "wasm sandbox", "n2": "wasm sandbox", "n3": "wasm sandbox", "n4": "wasm "}, nil},
+		{
+			"microvm",
+			map[string]string{"n1": " ", "n2": "microvm emulated", "n3": "microvm hardware", "n4": " "},
+			map[string]string{"n1": "runtime microvm is wanted, node offers wasm", "n4": "runtime microvm is wanted, node offers wasm"},
+		},
+	} {
+		for _, v := range Explain(w, pending("a", 0, func(i *pb.Instance) { i.Spec.Runtime = tt.runtime })) {
+			if got := v.GetRuntime() + " " + v.GetIsolation(); got != tt.want[v.GetNodeId()] {
+				t.Errorf("runtime %q on %s: %q, want %q", tt.runtime, v.GetNodeId(), got, tt.want[v.GetNodeId()])
+			}
+			why := tt.refuses[v.GetNodeId()]
+			if v.GetEligible() != (why == "") || !strings.HasPrefix(v.GetReasons()[0], why) {
+				t.Errorf("runtime %q on %s: eligible %t, %q, want %q", tt.runtime, v.GetNodeId(), v.GetEligible(), v.GetReasons(), why)
+			}
+		}
+	}
+	if _, verdicts := PlaceProvider(w, &pb.Provider{Spec: &pb.ProviderSpec{Type: "kv"}}); verdicts[2].GetRuntime() != "" {
+		t.Errorf("a provider would run in %q", verdicts[2].GetRuntime())
+	}
+}
+
 func TestPlaceProvider(t *testing.T) {
 	lost := func(n *pb.Node) { n.State = pb.NodeState_NODE_STATE_LOST }
 	placed := &pb.Placement{NodeId: "n1", NodeEpoch: 7, Generation: 1}

@@ -14,6 +14,7 @@ import (
 func newAgentCommand(env cli.Env) *cobra.Command {
 	var configPath string
 	var standalone bool
+	var o node.Overrides
 	cmd := &cobra.Command{
 		Use:   "agent --config FILE",
 		Short: "run this machine's node: a control-plane peer, a worker, or both",
@@ -25,7 +26,7 @@ an agent as a process of its own beside it. With --standalone it is an agent
 without any control plane: instances are started through the agent's own API.
 
 docs/configuration.md lists every key; the environment variables WASMATRIX_*,
-METRICS_ADDR and WASM_RUNTIME_BACKEND win over the file.`,
+METRICS_ADDR and WASM_RUNTIME_BACKEND win over the file, and flags over both.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := node.LoadConfig(configPath, env.Getenv)
@@ -35,11 +36,12 @@ METRICS_ADDR and WASM_RUNTIME_BACKEND win over the file.`,
 			if standalone {
 				cfg.Node.Role = node.RoleStandalone
 			}
+			o.Apply(&cfg)
 			if err := cfg.Complete(); err != nil {
 				return cli.Usage(fmt.Errorf("the configuration is not usable:\n%w", err))
 			}
-			err = node.Run(cmd.Context(), cfg, node.Options{ConfigPath: configPath, Log: node.NewLogger(env.Stderr, cfg.Telemetry.Log)})
-			if errors.Is(err, node.ErrCertificate) || errors.Is(err, node.ErrAgentRuns) || errors.Is(err, node.ErrPort) {
+			err = node.Run(cmd.Context(), cfg, node.Options{ConfigPath: configPath, Overrides: o, Log: node.NewLogger(env.Stderr, cfg.Telemetry.Log)})
+			if errors.Is(err, node.ErrCertificate) || errors.Is(err, node.ErrAgentRuns) || errors.Is(err, node.ErrPort) || errors.Is(err, node.ErrMicroVM) {
 				return cli.Usage(err)
 			}
 			switch {
@@ -53,5 +55,6 @@ METRICS_ADDR and WASM_RUNTIME_BACKEND win over the file.`,
 	}
 	cmd.Flags().StringVar(&configPath, "config", "", "configuration file (YAML)")
 	cmd.Flags().BoolVar(&standalone, "standalone", false, "run an agent without a control plane")
+	bindOverrides(cmd, &o)
 	return cmd
 }

@@ -29,6 +29,9 @@ func newDevCommand(env cli.Env) *cobra.Command {
 	// Each node needs a loopback address of its own, which only Linux has without set-up.
 	o := dev.Options{Breakable: runtime.GOOS == "linux"}
 	var contextPath string
+	// The variables that make sense for a whole cluster; the others of a node's do not.
+	chosen := node.Overrides{Runtime: env.Getenv(node.EnvRuntime), Accel: env.Getenv(node.EnvAccel)}
+	var flags node.Overrides
 	cmd := &cobra.Command{
 		Use:   "dev",
 		Short: "run a whole cluster on this machine: real processes, loopback only, throw-away CA",
@@ -37,10 +40,15 @@ client context so that every other command finds it, and runs until Ctrl-C.
 Providers are there from the start: "kv" for key-value, "bus" for messages, "web"
 for outbound HTTP. "wasmatrix chaos" breaks the cluster on purpose while it runs.
 
-Without --persist everything is gone afterwards.`,
+WASM_RUNTIME_BACKEND and WASMATRIX_MICROVM_ACCEL hold for its nodes, as --runtime
+and --microvm-accel do. Without --persist everything is gone afterwards.`,
 		Example: "  wasmatrix dev --nodes 3\n  wasmatrix dev --nodes 3 --persist ./cluster --port-base 8400",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			o.Adjust = func(_ int, cfg *node.Config) {
+				chosen.Apply(cfg)
+				flags.Apply(cfg)
+			}
 			return runDev(cmd.Context(), env, o, contextPath)
 		},
 	}
@@ -51,6 +59,7 @@ Without --persist everything is gone afterwards.`,
 	f.IntVar(&o.MetricsPort, "metrics-port", 9100, "port of the first node's /metrics; 0 turns them off")
 	f.StringVar(&o.LogLevel, "node-log-level", "info", "log level of the nodes: debug, info, warn, error")
 	f.StringVar(&contextPath, "write-context", "", "where to write the client context (default: where the CLI looks)")
+	bindOverrides(cmd, &flags)
 	return cmd
 }
 
@@ -75,6 +84,10 @@ func runDev(ctx context.Context, env cli.Env, o dev.Options, contextPath string)
 	c, err := dev.Create(o)
 	if err != nil {
 		return cli.Usage(err)
+	}
+	// Once, for all nodes are alike.
+	if err := node.CheckMicroVM(ctx, c.Nodes()[0].Config); err != nil {
+		return errors.Join(cli.Usage(err), c.Close())
 	}
 	if err := c.CheckPorts(); err != nil {
 		return errors.Join(cli.Usage(err), c.Close())
@@ -153,11 +166,13 @@ func nodes(n int) string {
 func newInternalCommand(env cli.Env) *cobra.Command {
 	cmd := &cobra.Command{Use: "internal", Short: "processes that wasmatrix starts itself", Hidden: true}
 	var configPath string
+	var o node.Overrides
 	agent := &cobra.Command{
 		Use: "agent", Short: "the agent process beside a peer", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := node.LoadConfig(configPath, env.Getenv)
 			if err == nil {
+				o.Apply(&cfg)
 				err = cfg.Complete()
 			}
 			if err != nil {
@@ -167,6 +182,7 @@ func newInternalCommand(env cli.Env) *cobra.Command {
 		},
 	}
 	agent.Flags().StringVar(&configPath, "config", "", "configuration file")
+	bindOverrides(agent, &o)
 	compile := &cobra.Command{
 		Use: "compile", Short: "compile a module into the cache", DisableFlagParsing: true,
 		RunE: func(_ *cobra.Command, args []string) error {

@@ -15,6 +15,7 @@ import (
 func main() { os.Exit(run()) }
 
 func run() int {
+	node.BecomeInit(os.Args[1:])
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	// A second signal ends the process at once.
@@ -27,6 +28,6 @@ func run() int {
 			c.AddCommand(newCACommand(env), newRecoverCommand(env))
 		}
 	}
-	root.AddCommand(newDevCommand(env), newAgentCommand(env), newInternalCommand(env))
+	root.AddCommand(newDevCommand(env), newAgentCommand(env), newDoctorCommand(env), newInternalCommand(env))
 	return cli.Execute(ctx, root, env)
 }

@@ -22,6 +22,7 @@ import (
 func healthy() *pb.StatusResponse {
 	return &pb.StatusResponse{
 		PeerId: "n2", Cluster: "dev", LeaderId: "n1", Term: 3, AppliedIndex: 42, Version: "1.0.0", NodesReady: 2,
+		Runtimes:  []*pb.RuntimeOffer{{Name: "microvm", Isolation: "hardware", Nodes: 1}, {Name: "wasm", Isolation: "sandbox", Nodes: 2}},
 		Instances: map[string]uint32{"RUNNING": 2, "PENDING": 1}, Providers: map[string]uint32{"RUNNING": 1},
 		Peers: []*pb.PeerStatus{
 			{Id: "n1", Voter: true, Leader: true, Alive: true, ApiAddress: "a:1", RaftAddress: "a:2"}, {Id: "n3", Alive: true}, {Id: "n2", Voter: true, Self: true},
@@ -36,6 +37,7 @@ func TestStatus(t *testing.T) {
   nodes      2 ready
   instances  1 PENDING, 2 RUNNING
   providers  1 RUNNING
+  runtimes   microvm (hardware) on 1 node, wasm on 2 nodes
 PEER  ROLE       SEEN     API  RAFT  MESSAGE
 n1    leader     yes      a:1  a:2
 n2    follower   answers  -    -

@@ -15,8 +15,10 @@ import (
 
 // threeInstances are two of hello and one of other.
 func threeInstances(f *fake) {
-	f.add("hello-aaaaa", pb.InstanceState_INSTANCE_STATE_RUNNING)
+	first := f.add("hello-aaaaa", pb.InstanceState_INSTANCE_STATE_RUNNING)
+	first.Status.Runtime, first.Status.Isolation = "microvm", "emulated"
 	crashed := f.add("hello-bbbbb", pb.InstanceState_INSTANCE_STATE_CRASHED)
+	crashed.Status.Runtime, crashed.Status.Isolation = "wasm", "sandbox"
 	crashed.Status.CrashCount, crashed.Status.Message = 3, "trap: unreachable\nstack"
 	crashed.Status.NextRetryAt = timestamppb.New(epoch().Add(95 * time.Second))
 	pending := f.add("other-ccccc", pb.InstanceState_INSTANCE_STATE_PENDING)
@@ -29,10 +31,10 @@ func TestListInEveryForm(t *testing.T) {
 		t.Errorf("empty: %q", got)
 	}
 	threeInstances(b.fake)
-	want := `ID           STATE    NODE  CRASHES  AGE    MESSAGE
-hello-aaaaa  RUNNING  n1    0        1m30s
-hello-bbbbb  CRASHED  n1    3        1m30s  trap: unreachable
-other-ccccc  PENDING  -     0        1m30s
+	want := `ID           STATE    NODE  RUNTIME             CRASHES  AGE    MESSAGE
+hello-aaaaa  RUNNING  n1    microvm (emulated)  0        1m30s
+hello-bbbbb  CRASHED  n1    wasm                3        1m30s  trap: unreachable
+other-ccccc  PENDING  -     -                   0        1m30s
 `
 	for _, args := range [][]string{{"ps"}, {"instance", "ls"}, {"instance", "list"}, {"i", "ps"}} {
 		if got := b.want(args...); got != want {
@@ -233,9 +235,9 @@ func TestExplainTellsWhyNot(t *testing.T) {
 	b := newBench(t)
 	threeInstances(b.fake)
 	want := `other-ccccc is PENDING on -
-NODE  VERDICT  REASONS
-n1    no       no room: 64 MiB of 64 MiB taken
-n2    best     load 0 %
+NODE  VERDICT  RUNTIME             REASONS
+n1    no       -                   no room: 64 MiB of 64 MiB taken
+n2    best     microvm (hardware)  load 0 %
 `
 	if got := b.want("explain", "other-ccccc"); got != want {
 		t.Errorf("got\n%s\nwant\n%s", got, want)
@@ -256,6 +258,16 @@ func TestModulesAndNodes(t *testing.T) {
 		Info: &pb.NodeInfo{Capacity: &pb.NodeCapacity{Instances: 10, MemoryBytes: 4 << 30}, Labels: map[string]string{"zone": "a", "disk": "ssd"}},
 	}}
 	if got := b.want("node", "list"); !strings.Contains(got, "n1  READY  1m30s  2/10       4 GiB   -         -         -      disk=ssd,zone=b\n") {
+		t.Errorf("nodes:\n%s", got)
+	}
+	b.fake.nodes[0].Info.Runtimes = []string{"microvm", "wasm"}
+	if got := b.want("node", "list"); !strings.Contains(got, "  microvm, wasm  ") {
+		t.Errorf("nodes whose agents tell names only:\n%s", got)
+	}
+	b.fake.nodes[0].Info.RuntimeInfo = []*pb.RuntimeInfo{
+		{Name: "microvm", Isolation: "emulated", Accelerator: "tcg"}, {Name: "wasm", Isolation: "sandbox", IsDefault: true},
+	}
+	if got := b.want("node", "list"); !strings.Contains(got, "  wasm, microvm (emulated)  ") {
 		t.Errorf("nodes:\n%s", got)
 	}
 	if code, stdout, stderr := b.run("node", "drain", "n3"); code != 0 || stdout != "n3 drains\n" || !strings.Contains(stderr, "✓ n3 has no instances") {

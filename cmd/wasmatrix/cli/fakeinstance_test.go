@@ -153,7 +153,7 @@ func (f *fake) Explain(_ context.Context, req *pb.ExplainRequest) (*pb.ExplainRe
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return &pb.ExplainResponse{Instance: copies(f.find(req.GetTarget()))[0], Nodes: []*pb.NodeVerdict{
-		{NodeId: "n1", Reasons: []string{"no room: 64 MiB of 64 MiB taken"}}, {NodeId: "n2", Eligible: true, Chosen: true, Reasons: []string{"load 0 %"}},
+		{NodeId: "n1", Reasons: []string{"no room: 64 MiB of 64 MiB taken"}}, {NodeId: "n2", Eligible: true, Chosen: true, Reasons: []string{"load 0 %"}, Runtime: "microvm", Isolation: "hardware"},
 	}}, nil
 }
 

@@ -123,6 +123,9 @@ func (a *app) describeInstance(w io.Writer, resp *pb.QueryInstanceResponse) {
 	if i.GetPlacement().GetNodeId() != "" {
 		line("node", "%s, generation %d", i.GetPlacement().GetNodeId(), i.GetPlacement().GetGeneration())
 	}
+	if st.GetRuntime() != "" {
+		line("runtime", "%s", runtimeText(st))
+	}
 	line("module", "%s", spec.GetModule())
 	line("created", "%s ago", a.age(i.GetCreatedAt()))
 	if st.GetStartedAt() != nil {

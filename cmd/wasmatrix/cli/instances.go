@@ -56,9 +56,9 @@ func (a *app) instanceTable(instances []*pb.Instance) func(io.Writer) {
 			fmt.Fprintln(w, "no instances")
 			return
 		}
-		t := table{head: []string{"ID", "STATE", "NODE", "CRASHES", "AGE", "MESSAGE"}, paint: a.painter()}
+		t := table{head: []string{"ID", "STATE", "NODE", "RUNTIME", "CRASHES", "AGE", "MESSAGE"}, paint: a.painter()}
 		for _, i := range instances {
-			t.row(i.GetId(), stateOf(i), orDash(i.GetPlacement().GetNodeId()),
+			t.row(i.GetId(), stateOf(i), orDash(i.GetPlacement().GetNodeId()), runtimeText(i.GetStatus()),
 				fmt.Sprint(i.GetStatus().GetCrashCount()), a.age(i.GetCreatedAt()), oneLine(i.GetStatus().GetMessage()))
 		}
 		t.write(w)

@@ -97,7 +97,7 @@ func explainTable(w io.Writer, resp *pb.ExplainResponse) {
 		fmt.Fprintf(w, ": %s", cleanLine(m))
 	}
 	fmt.Fprintln(w)
-	t := table{head: []string{"NODE", "VERDICT", "REASONS"}}
+	t := table{head: []string{"NODE", "VERDICT", "RUNTIME", "REASONS"}}
 	for _, n := range resp.GetNodes() {
 		verdict := "no"
 		switch {
@@ -106,7 +106,7 @@ func explainTable(w io.Writer, resp *pb.ExplainResponse) {
 		case n.GetEligible():
 			verdict = "possible"
 		}
-		t.row(n.GetNodeId(), verdict, strings.Join(n.GetReasons(), "; "))
+		t.row(n.GetNodeId(), verdict, runtimeText(n), strings.Join(n.GetReasons(), "; "))
 	}
 	t.write(w)
 }

@@ -68,7 +68,7 @@ func (a *app) nodeTable(w io.Writer, resp *pb.ListNodesResponse) {
 		info := n.GetInfo()
 		t.row(n.GetId(), nodeState(n), a.age(n.GetStateChangedAt()),
 			fmt.Sprintf("%d/%d", resp.GetInstanceCounts()[n.GetId()], info.GetCapacity().GetInstances()), size(info.GetCapacity().GetMemoryBytes()),
-			orDash(info.GetPlatform()), orDash(strings.Join(info.GetRuntimes(), ",")), orDash(info.GetAgentAddress()), labelText(n))
+			orDash(info.GetPlatform()), runtimesOf(info), orDash(info.GetAgentAddress()), labelText(n))
 	}
 	t.write(w)
 }

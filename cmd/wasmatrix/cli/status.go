@@ -64,6 +64,9 @@ func statusText(w io.Writer, s *pb.StatusResponse) {
 	fmt.Fprintf(w, "  nodes      %s\n", nodesText(s))
 	fmt.Fprintf(w, "  instances  %s\n", orDash(tally(intCounts(s.GetInstances()))))
 	fmt.Fprintf(w, "  providers  %s\n", orDash(tallyOf(intCounts(s.GetProviders()), providerStates())))
+	if len(s.GetRuntimes()) > 0 {
+		fmt.Fprintf(w, "  runtimes   %s\n", cleanLine(offersText(s.GetRuntimes())))
+	}
 	peerTable(w, s)
 	for _, p := range problems(s) {
 		fmt.Fprintf(w, "! %s\n", cleanLine(p))

@@ -144,7 +144,8 @@ func (l *layout) writeNode(o Options, i int) (node.Config, string, error) {
 	if err := os.WriteFile(path, raw, 0o600); err != nil {
 		return cfg, "", fmt.Errorf("write the configuration of %s: %w", cfg.Node.Name, err)
 	}
-	return cfg, path, cfg.Complete()
+	err = cfg.Complete()
+	return cfg, path, err
 }
 
 // writeContext makes the certificate of a user who may do everything and the

@@ -17,6 +17,7 @@ import (
 	"github.com/goccy/go-yaml"
 
 	"github.com/wasmatrix/wasmatrix/quantity"
+	"github.com/wasmatrix/wasmatrix/runtime/microvm/survey"
 )
 
 // Offsets of a node's ports from its port base.
@@ -61,6 +62,8 @@ type Config struct {
 	Limits LimitsConfig `yaml:"limits"`
 	// Runtime says how guests are executed.
 	Runtime RuntimeConfig `yaml:"runtime"`
+	// MicroVM says how guests are executed in virtual machines.
+	MicroVM MicroVMConfig `yaml:"microvm"`
 	// Providers are registered by this node unless they exist, and run on it alone;
 	// those with several replicas are registered for the cluster instead.
 	Providers []ProviderConfig `yaml:"providers"`
@@ -137,7 +140,8 @@ type LimitsConfig struct {
 
 // RuntimeConfig says how guests are executed.
 type RuntimeConfig struct {
-	// Default is the runtime of workloads that name none; default "wasm".
+	// Default is the runtime of workloads that name none: "wasm" (the default) or
+	// "microvm"; "wazero" and "micro-kvm" mean the same.
 	Default string `yaml:"default"`
 }
 
@@ -181,7 +185,8 @@ func Default() Config {
 			SnapshotInterval: 30 * time.Second, TrailingLogs: 10240, DeadPeerAfter: &day,
 		},
 		Limits:    LimitsConfig{Instances: 1000, Memory: "4GiB"},
-		Runtime:   RuntimeConfig{Default: "wasm"},
+		Runtime:   RuntimeConfig{Default: runtimeWasm},
+		MicroVM:   MicroVMConfig{Accel: survey.Auto},
 		Telemetry: TelemetryConfig{Log: LogConfig{Level: "info", Format: "text"}, MetricsAddr: "127.0.0.1:9100"},
 	}
 }
@@ -219,8 +224,9 @@ func (c *Config) overlayEnv(getenv func(string) string) error {
 			c.Bind.PortBase, err = strconv.Atoi(v)
 			return err
 		},
-		"METRICS_ADDR":         setString(&c.Telemetry.MetricsAddr),
-		"WASM_RUNTIME_BACKEND": setString(&c.Runtime.Default),
+		EnvAccel:       setString(&c.MicroVM.Accel),
+		"METRICS_ADDR": setString(&c.Telemetry.MetricsAddr),
+		EnvRuntime:     setString(&c.Runtime.Default),
 	} {
 		if v := getenv(name); v != "" {
 			if err := set(v); err != nil {
@@ -253,9 +259,7 @@ func (c *Config) Complete() error {
 	if len(c.Join.APIPeers) == 0 {
 		c.Join.APIPeers = c.derivedAPIPeers()
 	}
-	if c.Runtime.Default == "wazero" {
-		c.Runtime.Default = "wasm"
-	}
+	c.Runtime.Default = runtimeName(c.Runtime.Default)
 	var problems []error
 	wrong := func(format string, args ...any) { problems = append(problems, fmt.Errorf(format, args...)) }
 	if !nodeName.MatchString(c.Node.Name) {
@@ -297,8 +301,14 @@ func (c *Config) Complete() error {
 	if c.isPeer() && c.Join.BootstrapExpect == 0 && len(c.Join.Peers) == 0 {
 		wrong("join: neither bootstrap_expect (a new cluster) nor peers (an existing one) is set")
 	}
-	if c.Runtime.Default != "wasm" {
-		wrong("runtime.default %q: this build executes \"wasm\"", c.Runtime.Default)
+	if c.Runtime.Default != runtimeWasm && c.Runtime.Default != runtimeMicroVM {
+		wrong("runtime.default %q: want wasm or microvm", c.Runtime.Default)
+	}
+	if err := c.MicroVM.Check(); err != nil {
+		wrong("%w", err)
+	}
+	if c.Runtime.Default == runtimeMicroVM && c.MicroVM.Accel == accelOff {
+		wrong("runtime.default is microvm, but microvm.accel is off")
 	}
 	if l := c.Telemetry.Log.Level; l != "debug" && l != "info" && l != "warn" && l != "error" {
 		wrong("telemetry.log.level %q: want debug, info, warn or error", l)

@@ -14,6 +14,8 @@ type Options struct {
 	// ConfigPath is the file the configuration came from; the agent process of a
 	// node with both roles reads it again.
 	ConfigPath string
+	// Overrides were applied to the configuration; the agent process needs them too.
+	Overrides Overrides
 	// Log takes the node's log.
 	Log *slog.Logger
 }
@@ -28,6 +30,12 @@ func Run(ctx context.Context, cfg Config, o Options) error {
 	if err != nil {
 		return err
 	}
+	if cfg.Node.Role == RoleBoth {
+		// The agent is another process, whose failures only the log tells.
+		if err := CheckMicroVM(ctx, cfg); err != nil {
+			return err
+		}
+	}
 	p, err := newPeerProcess(cfg, o.Log)
 	if err != nil {
 		return err
@@ -39,7 +47,7 @@ func Run(ctx context.Context, cfg Config, o Options) error {
 	if err != nil {
 		return err
 	}
-	argv := []string{self, "internal", "agent"}
+	argv := append([]string{self, "internal", "agent"}, o.Overrides.args()...)
 	if o.ConfigPath != "" {
 		argv = append(argv, "--config", o.ConfigPath)
 	}

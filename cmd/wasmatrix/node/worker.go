@@ -26,7 +26,6 @@ import (
 	"github.com/wasmatrix/wasmatrix/provider/outbound"
 	"github.com/wasmatrix/wasmatrix/quantity"
 	"github.com/wasmatrix/wasmatrix/rpc"
-	"github.com/wasmatrix/wasmatrix/runtime"
 	"github.com/wasmatrix/wasmatrix/runtime/wasm"
 )
 
@@ -44,11 +43,11 @@ type agentProcess struct {
 	metrics  prometheus.Registerer // where the parts register
 	network  *faults.Injector      // nil but in a development cluster
 
-	agent   *agent.Agent
-	runtime runtime.Runtime
-	pool    *identity.Pool
-	server  *grpc.Server
-	health  *health.Server
+	agent    *agent.Agent
+	runtimes *runtimes
+	pool     *identity.Pool
+	server   *grpc.Server
+	health   *health.Server
 }
 
 func newAgentProcess(ctx context.Context, cfg Config, log *slog.Logger) (_ *agentProcess, err error) {
@@ -60,16 +59,8 @@ func newAgentProcess(ctx context.Context, cfg Config, log *slog.Logger) (_ *agen
 	if a.network, a.id, err = openNetwork(cfg, a.id, a.log); err != nil {
 		return nil, err
 	}
-	self, err := os.Executable()
-	if err != nil {
-		return nil, err
-	}
 	dir := filepath.Join(cfg.DataDir, "agent")
-	a.runtime, err = wasm.New(ctx, wasm.Config{
-		CacheDir: filepath.Join(dir, "compiled"), CompileCommand: []string{self, "internal", "compile"},
-		Logger: a.log, Registerer: a.metrics,
-	})
-	if err != nil {
+	if a.runtimes, err = openRuntimes(ctx, cfg, a.log, a.metrics); err != nil {
 		return nil, err
 	}
 	a.pool = a.id.NewPool(anyNode, rpc.DialOptions()...)
@@ -79,21 +70,22 @@ func newAgentProcess(ctx context.Context, cfg Config, log *slog.Logger) (_ *agen
 	}
 	kinds, err := providerKinds(a.log, a.metrics)
 	if err != nil {
-		return nil, errors.Join(err, a.runtime.Close(ctx))
+		return nil, errors.Join(err, a.runtimes.close(ctx))
 	}
 	a.agent, err = agent.New(agent.Config{
 		Node: &pb.NodeInfo{
 			Id: cfg.Node.Name, AgentAddress: cfg.AgentAddress(), Labels: cfg.Node.Labels, Version: Version, Platform: platform(),
-			Capacity: &pb.NodeCapacity{Instances: cfg.Limits.Instances, MemoryBytes: memory}, Runtimes: []string{a.runtime.Name()},
+			Capacity: &pb.NodeCapacity{Instances: cfg.Limits.Instances, MemoryBytes: memory}, Runtimes: a.runtimes.names(),
+			RuntimeInfo: a.runtimes.infos(),
 		},
 		DataDir: dir, Peers: cfg.Join.APIPeers, Providers: providerSpecs(cfg.Providers), Standalone: cfg.Node.Role == RoleStandalone,
-		Runtimes: map[string]runtime.Runtime{a.runtime.Name(): a.runtime}, DefaultRuntime: cfg.Runtime.Default,
+		Runtimes: a.runtimes.all, DefaultRuntime: cfg.Runtime.Default,
 		Kinds:  kinds,
 		Conn:   func(address string) (grpc.ClientConnInterface, error) { return a.pool.Conn(address) },
 		Logger: a.log, Registerer: a.metrics,
 	})
 	if err != nil {
-		return nil, errors.Join(err, a.runtime.Close(ctx))
+		return nil, errors.Join(err, a.runtimes.close(ctx))
 	}
 	a.server = grpc.NewServer(rpc.ServerOptions(rpc.ServerConfig{Identity: a.id, Logger: a.log, Registerer: a.metrics})...)
 	a.agent.Register(a.server)
@@ -130,7 +122,7 @@ func providerSpecs(declared []ProviderConfig) []*pb.ProviderSpec {
 // Run serves until ctx ends, then ends the instances in order and stops.
 func (a *agentProcess) Run(ctx context.Context) (err error) {
 	defer func() {
-		err = errors.Join(err, a.runtime.Close(context.WithoutCancel(ctx)), a.pool.Close())
+		err = errors.Join(err, a.runtimes.close(ctx), a.pool.Close())
 	}()
 	lock, err := lockAgent(a.cfg.DataDir)
 	if err != nil {
@@ -148,6 +140,7 @@ func (a *agentProcess) Run(ctx context.Context) (err error) {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return a.network.Run(ctx) })
 	g.Go(func() error { return ignoreEnd(ctx, a.agent.Run(ctx)) })
+	g.Go(func() error { return a.runtimes.Run(ctx) })
 	g.Go(func() error { return serveGRPC(ctx, a.server, api, a.health.Shutdown, func() {}) })
 	g.Go(func() error { return serveHTTP(ctx, web, newHTTPHandler(a.registry, a.checks())) })
 	a.health.SetServingStatus("", healthpb.HealthCheckResponse_SERVING)

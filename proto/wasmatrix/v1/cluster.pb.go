@@ -169,6 +169,70 @@ func (*StatusRequest) Descriptor() ([]byte, []int) {
 	return file_wasmatrix_v1_cluster_proto_rawDescGZIP(), []int{1}
 }
 
+// RuntimeOffer counts the nodes that offer a runtime with the same isolation.
+type RuntimeOffer struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The runtime's name in a workload's spec.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// What keeps its instances apart from the node; see RuntimeInfo.
+	Isolation string `protobuf:"bytes,2,opt,name=isolation,proto3" json:"isolation,omitempty"`
+	// How many nodes that are ready offer it.
+	Nodes         uint32 `protobuf:"varint,3,opt,name=nodes,proto3" json:"nodes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RuntimeOffer) Reset() {
+	*x = RuntimeOffer{}
+	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RuntimeOffer) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RuntimeOffer) ProtoMessage() {}
+
+func (x *RuntimeOffer) ProtoReflect() protoreflect.Message {
+	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RuntimeOffer.ProtoReflect.Descriptor instead.
+func (*RuntimeOffer) Descriptor() ([]byte, []int) {
+	return file_wasmatrix_v1_cluster_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *RuntimeOffer) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *RuntimeOffer) GetIsolation() string {
+	if x != nil {
+		return x.Isolation
+	}
+	return ""
+}
+
+func (x *RuntimeOffer) GetNodes() uint32 {
+	if x != nil {
+		return x.Nodes
+	}
+	return 0
+}
+
 // StatusResponse is the state of the cluster as one peer sees it.
 type StatusResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -207,6 +271,8 @@ type StatusResponse struct {
 	StateHash string `protobuf:"bytes,16,opt,name=state_hash,json=stateHash,proto3" json:"state_hash,omitempty"`
 	// How long the answering peer has been without a leader; unset when it has one.
 	WithoutLeader *durationpb.Duration `protobuf:"bytes,17,opt,name=without_leader,json=withoutLeader,proto3" json:"without_leader,omitempty"`
+	// The runtimes that nodes which are ready offer, in the order of their names.
+	Runtimes []*RuntimeOffer `protobuf:"bytes,18,rep,name=runtimes,proto3" json:"runtimes,omitempty"`
 	// Tells this cluster from others of the same name; empty before it was formed.
 	ClusterId     string `protobuf:"bytes,30,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -215,7 +281,7 @@ type StatusResponse struct {
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[2]
+	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -227,7 +293,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[2]
+	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -240,7 +306,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_cluster_proto_rawDescGZIP(), []int{2}
+	return file_wasmatrix_v1_cluster_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *StatusResponse) GetPeerId() string {
@@ -362,6 +428,13 @@ func (x *StatusResponse) GetWithoutLeader() *durationpb.Duration {
 	return nil
 }
 
+func (x *StatusResponse) GetRuntimes() []*RuntimeOffer {
+	if x != nil {
+		return x.Runtimes
+	}
+	return nil
+}
+
 func (x *StatusResponse) GetClusterId() string {
 	if x != nil {
 		return x.ClusterId
@@ -388,7 +461,7 @@ type JoinRequest struct {
 
 func (x *JoinRequest) Reset() {
 	*x = JoinRequest{}
-	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[3]
+	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -400,7 +473,7 @@ func (x *JoinRequest) String() string {
 func (*JoinRequest) ProtoMessage() {}
 
 func (x *JoinRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[3]
+	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -413,7 +486,7 @@ func (x *JoinRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinRequest.ProtoReflect.Descriptor instead.
 func (*JoinRequest) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_cluster_proto_rawDescGZIP(), []int{3}
+	return file_wasmatrix_v1_cluster_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *JoinRequest) GetPeerId() string {
@@ -462,7 +535,7 @@ type JoinResponse struct {
 
 func (x *JoinResponse) Reset() {
 	*x = JoinResponse{}
-	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[4]
+	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -474,7 +547,7 @@ func (x *JoinResponse) String() string {
 func (*JoinResponse) ProtoMessage() {}
 
 func (x *JoinResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[4]
+	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -487,7 +560,7 @@ func (x *JoinResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinResponse.ProtoReflect.Descriptor instead.
 func (*JoinResponse) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_cluster_proto_rawDescGZIP(), []int{4}
+	return file_wasmatrix_v1_cluster_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *JoinResponse) GetIndex() uint64 {
@@ -510,7 +583,7 @@ type RemoveRequest struct {
 
 func (x *RemoveRequest) Reset() {
 	*x = RemoveRequest{}
-	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[5]
+	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -522,7 +595,7 @@ func (x *RemoveRequest) String() string {
 func (*RemoveRequest) ProtoMessage() {}
 
 func (x *RemoveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[5]
+	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -535,7 +608,7 @@ func (x *RemoveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveRequest.ProtoReflect.Descriptor instead.
 func (*RemoveRequest) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_cluster_proto_rawDescGZIP(), []int{5}
+	return file_wasmatrix_v1_cluster_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *RemoveRequest) GetPeerId() string {
@@ -563,7 +636,7 @@ type RemoveResponse struct {
 
 func (x *RemoveResponse) Reset() {
 	*x = RemoveResponse{}
-	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[6]
+	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -575,7 +648,7 @@ func (x *RemoveResponse) String() string {
 func (*RemoveResponse) ProtoMessage() {}
 
 func (x *RemoveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[6]
+	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -588,7 +661,7 @@ func (x *RemoveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveResponse.ProtoReflect.Descriptor instead.
 func (*RemoveResponse) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_cluster_proto_rawDescGZIP(), []int{6}
+	return file_wasmatrix_v1_cluster_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *RemoveResponse) GetIndex() uint64 {
@@ -609,7 +682,7 @@ type PromoteRequest struct {
 
 func (x *PromoteRequest) Reset() {
 	*x = PromoteRequest{}
-	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[7]
+	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -621,7 +694,7 @@ func (x *PromoteRequest) String() string {
 func (*PromoteRequest) ProtoMessage() {}
 
 func (x *PromoteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[7]
+	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -634,7 +707,7 @@ func (x *PromoteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PromoteRequest.ProtoReflect.Descriptor instead.
 func (*PromoteRequest) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_cluster_proto_rawDescGZIP(), []int{7}
+	return file_wasmatrix_v1_cluster_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *PromoteRequest) GetPeerId() string {
@@ -655,7 +728,7 @@ type PromoteResponse struct {
 
 func (x *PromoteResponse) Reset() {
 	*x = PromoteResponse{}
-	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[8]
+	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -667,7 +740,7 @@ func (x *PromoteResponse) String() string {
 func (*PromoteResponse) ProtoMessage() {}
 
 func (x *PromoteResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[8]
+	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -680,7 +753,7 @@ func (x *PromoteResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PromoteResponse.ProtoReflect.Descriptor instead.
 func (*PromoteResponse) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_cluster_proto_rawDescGZIP(), []int{8}
+	return file_wasmatrix_v1_cluster_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *PromoteResponse) GetIndex() uint64 {
@@ -701,7 +774,7 @@ type TransferLeadershipRequest struct {
 
 func (x *TransferLeadershipRequest) Reset() {
 	*x = TransferLeadershipRequest{}
-	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[9]
+	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -713,7 +786,7 @@ func (x *TransferLeadershipRequest) String() string {
 func (*TransferLeadershipRequest) ProtoMessage() {}
 
 func (x *TransferLeadershipRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[9]
+	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -726,7 +799,7 @@ func (x *TransferLeadershipRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TransferLeadershipRequest.ProtoReflect.Descriptor instead.
 func (*TransferLeadershipRequest) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_cluster_proto_rawDescGZIP(), []int{9}
+	return file_wasmatrix_v1_cluster_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *TransferLeadershipRequest) GetPeerId() string {
@@ -749,7 +822,7 @@ type TransferLeadershipResponse struct {
 
 func (x *TransferLeadershipResponse) Reset() {
 	*x = TransferLeadershipResponse{}
-	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[10]
+	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -761,7 +834,7 @@ func (x *TransferLeadershipResponse) String() string {
 func (*TransferLeadershipResponse) ProtoMessage() {}
 
 func (x *TransferLeadershipResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[10]
+	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -774,7 +847,7 @@ func (x *TransferLeadershipResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TransferLeadershipResponse.ProtoReflect.Descriptor instead.
 func (*TransferLeadershipResponse) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_cluster_proto_rawDescGZIP(), []int{10}
+	return file_wasmatrix_v1_cluster_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *TransferLeadershipResponse) GetLeaderId() string {
@@ -800,7 +873,7 @@ type SnapshotSaveRequest struct {
 
 func (x *SnapshotSaveRequest) Reset() {
 	*x = SnapshotSaveRequest{}
-	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[11]
+	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -812,7 +885,7 @@ func (x *SnapshotSaveRequest) String() string {
 func (*SnapshotSaveRequest) ProtoMessage() {}
 
 func (x *SnapshotSaveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[11]
+	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -825,7 +898,7 @@ func (x *SnapshotSaveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotSaveRequest.ProtoReflect.Descriptor instead.
 func (*SnapshotSaveRequest) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_cluster_proto_rawDescGZIP(), []int{11}
+	return file_wasmatrix_v1_cluster_proto_rawDescGZIP(), []int{12}
 }
 
 // SnapshotSaveResponse is the next piece of a snapshot.
@@ -841,7 +914,7 @@ type SnapshotSaveResponse struct {
 
 func (x *SnapshotSaveResponse) Reset() {
 	*x = SnapshotSaveResponse{}
-	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[12]
+	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -853,7 +926,7 @@ func (x *SnapshotSaveResponse) String() string {
 func (*SnapshotSaveResponse) ProtoMessage() {}
 
 func (x *SnapshotSaveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[12]
+	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -866,7 +939,7 @@ func (x *SnapshotSaveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotSaveResponse.ProtoReflect.Descriptor instead.
 func (*SnapshotSaveResponse) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_cluster_proto_rawDescGZIP(), []int{12}
+	return file_wasmatrix_v1_cluster_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *SnapshotSaveResponse) GetChunk() []byte {
@@ -894,7 +967,7 @@ type SnapshotRestoreRequest struct {
 
 func (x *SnapshotRestoreRequest) Reset() {
 	*x = SnapshotRestoreRequest{}
-	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[13]
+	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -906,7 +979,7 @@ func (x *SnapshotRestoreRequest) String() string {
 func (*SnapshotRestoreRequest) ProtoMessage() {}
 
 func (x *SnapshotRestoreRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[13]
+	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -919,7 +992,7 @@ func (x *SnapshotRestoreRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotRestoreRequest.ProtoReflect.Descriptor instead.
 func (*SnapshotRestoreRequest) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_cluster_proto_rawDescGZIP(), []int{13}
+	return file_wasmatrix_v1_cluster_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *SnapshotRestoreRequest) GetChunk() []byte {
@@ -940,7 +1013,7 @@ type SnapshotRestoreResponse struct {
 
 func (x *SnapshotRestoreResponse) Reset() {
 	*x = SnapshotRestoreResponse{}
-	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[14]
+	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -952,7 +1025,7 @@ func (x *SnapshotRestoreResponse) String() string {
 func (*SnapshotRestoreResponse) ProtoMessage() {}
 
 func (x *SnapshotRestoreResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[14]
+	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -965,7 +1038,7 @@ func (x *SnapshotRestoreResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotRestoreResponse.ProtoReflect.Descriptor instead.
 func (*SnapshotRestoreResponse) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_cluster_proto_rawDescGZIP(), []int{14}
+	return file_wasmatrix_v1_cluster_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *SnapshotRestoreResponse) GetIndex() uint64 {
@@ -991,7 +1064,7 @@ type StoreModuleRequest struct {
 
 func (x *StoreModuleRequest) Reset() {
 	*x = StoreModuleRequest{}
-	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[15]
+	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1003,7 +1076,7 @@ func (x *StoreModuleRequest) String() string {
 func (*StoreModuleRequest) ProtoMessage() {}
 
 func (x *StoreModuleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[15]
+	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1016,7 +1089,7 @@ func (x *StoreModuleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StoreModuleRequest.ProtoReflect.Descriptor instead.
 func (*StoreModuleRequest) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_cluster_proto_rawDescGZIP(), []int{15}
+	return file_wasmatrix_v1_cluster_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *StoreModuleRequest) GetPart() isStoreModuleRequest_Part {
@@ -1071,7 +1144,7 @@ type StoreModuleResponse struct {
 
 func (x *StoreModuleResponse) Reset() {
 	*x = StoreModuleResponse{}
-	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[16]
+	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1083,7 +1156,7 @@ func (x *StoreModuleResponse) String() string {
 func (*StoreModuleResponse) ProtoMessage() {}
 
 func (x *StoreModuleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[16]
+	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1096,7 +1169,7 @@ func (x *StoreModuleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StoreModuleResponse.ProtoReflect.Descriptor instead.
 func (*StoreModuleResponse) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_cluster_proto_rawDescGZIP(), []int{16}
+	return file_wasmatrix_v1_cluster_proto_rawDescGZIP(), []int{17}
 }
 
 // ReadModuleRequest asks for a module's bytes.
@@ -1110,7 +1183,7 @@ type ReadModuleRequest struct {
 
 func (x *ReadModuleRequest) Reset() {
 	*x = ReadModuleRequest{}
-	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[17]
+	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1122,7 +1195,7 @@ func (x *ReadModuleRequest) String() string {
 func (*ReadModuleRequest) ProtoMessage() {}
 
 func (x *ReadModuleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[17]
+	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1135,7 +1208,7 @@ func (x *ReadModuleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadModuleRequest.ProtoReflect.Descriptor instead.
 func (*ReadModuleRequest) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_cluster_proto_rawDescGZIP(), []int{17}
+	return file_wasmatrix_v1_cluster_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ReadModuleRequest) GetDigest() string {
@@ -1156,7 +1229,7 @@ type ReadModuleResponse struct {
 
 func (x *ReadModuleResponse) Reset() {
 	*x = ReadModuleResponse{}
-	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[18]
+	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1168,7 +1241,7 @@ func (x *ReadModuleResponse) String() string {
 func (*ReadModuleResponse) ProtoMessage() {}
 
 func (x *ReadModuleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[18]
+	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1181,7 +1254,7 @@ func (x *ReadModuleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadModuleResponse.ProtoReflect.Descriptor instead.
 func (*ReadModuleResponse) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_cluster_proto_rawDescGZIP(), []int{18}
+	return file_wasmatrix_v1_cluster_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ReadModuleResponse) GetChunk() []byte {
@@ -1214,7 +1287,7 @@ type PeerMetadata struct {
 
 func (x *PeerMetadata) Reset() {
 	*x = PeerMetadata{}
-	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[19]
+	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1226,7 +1299,7 @@ func (x *PeerMetadata) String() string {
 func (*PeerMetadata) ProtoMessage() {}
 
 func (x *PeerMetadata) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[19]
+	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1239,7 +1312,7 @@ func (x *PeerMetadata) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PeerMetadata.ProtoReflect.Descriptor instead.
 func (*PeerMetadata) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_cluster_proto_rawDescGZIP(), []int{19}
+	return file_wasmatrix_v1_cluster_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *PeerMetadata) GetCluster() string {
@@ -1302,7 +1375,7 @@ type StateHashRequest struct {
 
 func (x *StateHashRequest) Reset() {
 	*x = StateHashRequest{}
-	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[20]
+	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1314,7 +1387,7 @@ func (x *StateHashRequest) String() string {
 func (*StateHashRequest) ProtoMessage() {}
 
 func (x *StateHashRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[20]
+	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1327,7 +1400,7 @@ func (x *StateHashRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StateHashRequest.ProtoReflect.Descriptor instead.
 func (*StateHashRequest) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_cluster_proto_rawDescGZIP(), []int{20}
+	return file_wasmatrix_v1_cluster_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *StateHashRequest) GetIndexes() []uint64 {
@@ -1350,7 +1423,7 @@ type IndexHash struct {
 
 func (x *IndexHash) Reset() {
 	*x = IndexHash{}
-	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[21]
+	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1362,7 +1435,7 @@ func (x *IndexHash) String() string {
 func (*IndexHash) ProtoMessage() {}
 
 func (x *IndexHash) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[21]
+	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1375,7 +1448,7 @@ func (x *IndexHash) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IndexHash.ProtoReflect.Descriptor instead.
 func (*IndexHash) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_cluster_proto_rawDescGZIP(), []int{21}
+	return file_wasmatrix_v1_cluster_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *IndexHash) GetIndex() uint64 {
@@ -1409,7 +1482,7 @@ type StateHashResponse struct {
 
 func (x *StateHashResponse) Reset() {
 	*x = StateHashResponse{}
-	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[22]
+	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1421,7 +1494,7 @@ func (x *StateHashResponse) String() string {
 func (*StateHashResponse) ProtoMessage() {}
 
 func (x *StateHashResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[22]
+	mi := &file_wasmatrix_v1_cluster_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1434,7 +1507,7 @@ func (x *StateHashResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StateHashResponse.ProtoReflect.Descriptor instead.
 func (*StateHashResponse) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_cluster_proto_rawDescGZIP(), []int{22}
+	return file_wasmatrix_v1_cluster_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *StateHashResponse) GetPeerId() string {
@@ -1481,7 +1554,11 @@ const file_wasmatrix_v1_cluster_proto_rawDesc = "" +
 	"\x05alive\x18\x06 \x01(\bR\x05alive\x12\x12\n" +
 	"\x04self\x18\a \x01(\bR\x04self\x12\x18\n" +
 	"\amessage\x18\b \x01(\tR\amessage\"\x0f\n" +
-	"\rStatusRequest\"\xcb\x06\n" +
+	"\rStatusRequest\"V\n" +
+	"\fRuntimeOffer\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
+	"\tisolation\x18\x02 \x01(\tR\tisolation\x12\x14\n" +
+	"\x05nodes\x18\x03 \x01(\rR\x05nodes\"\x83\a\n" +
 	"\x0eStatusResponse\x12\x17\n" +
 	"\apeer_id\x18\x01 \x01(\tR\x06peerId\x12\x18\n" +
 	"\acluster\x18\x02 \x01(\tR\acluster\x12\x1b\n" +
@@ -1504,7 +1581,8 @@ const file_wasmatrix_v1_cluster_proto_rawDesc = "" +
 	"\aversion\x18\x0f \x01(\tR\aversion\x12\x1d\n" +
 	"\n" +
 	"state_hash\x18\x10 \x01(\tR\tstateHash\x12@\n" +
-	"\x0ewithout_leader\x18\x11 \x01(\v2\x19.google.protobuf.DurationR\rwithoutLeader\x12\x1d\n" +
+	"\x0ewithout_leader\x18\x11 \x01(\v2\x19.google.protobuf.DurationR\rwithoutLeader\x126\n" +
+	"\bruntimes\x18\x12 \x03(\v2\x1a.wasmatrix.v1.RuntimeOfferR\bruntimes\x12\x1d\n" +
 	"\n" +
 	"cluster_id\x18\x1e \x01(\tR\tclusterId\x1a<\n" +
 	"\x0eInstancesEntry\x12\x10\n" +
@@ -1600,68 +1678,70 @@ func file_wasmatrix_v1_cluster_proto_rawDescGZIP() []byte {
 	return file_wasmatrix_v1_cluster_proto_rawDescData
 }
 
-var file_wasmatrix_v1_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
+var file_wasmatrix_v1_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
 var file_wasmatrix_v1_cluster_proto_goTypes = []any{
 	(*PeerStatus)(nil),                 // 0: wasmatrix.v1.PeerStatus
 	(*StatusRequest)(nil),              // 1: wasmatrix.v1.StatusRequest
-	(*StatusResponse)(nil),             // 2: wasmatrix.v1.StatusResponse
-	(*JoinRequest)(nil),                // 3: wasmatrix.v1.JoinRequest
-	(*JoinResponse)(nil),               // 4: wasmatrix.v1.JoinResponse
-	(*RemoveRequest)(nil),              // 5: wasmatrix.v1.RemoveRequest
-	(*RemoveResponse)(nil),             // 6: wasmatrix.v1.RemoveResponse
-	(*PromoteRequest)(nil),             // 7: wasmatrix.v1.PromoteRequest
-	(*PromoteResponse)(nil),            // 8: wasmatrix.v1.PromoteResponse
-	(*TransferLeadershipRequest)(nil),  // 9: wasmatrix.v1.TransferLeadershipRequest
-	(*TransferLeadershipResponse)(nil), // 10: wasmatrix.v1.TransferLeadershipResponse
-	(*SnapshotSaveRequest)(nil),        // 11: wasmatrix.v1.SnapshotSaveRequest
-	(*SnapshotSaveResponse)(nil),       // 12: wasmatrix.v1.SnapshotSaveResponse
-	(*SnapshotRestoreRequest)(nil),     // 13: wasmatrix.v1.SnapshotRestoreRequest
-	(*SnapshotRestoreResponse)(nil),    // 14: wasmatrix.v1.SnapshotRestoreResponse
-	(*StoreModuleRequest)(nil),         // 15: wasmatrix.v1.StoreModuleRequest
-	(*StoreModuleResponse)(nil),        // 16: wasmatrix.v1.StoreModuleResponse
-	(*ReadModuleRequest)(nil),          // 17: wasmatrix.v1.ReadModuleRequest
-	(*ReadModuleResponse)(nil),         // 18: wasmatrix.v1.ReadModuleResponse
-	(*PeerMetadata)(nil),               // 19: wasmatrix.v1.PeerMetadata
-	(*StateHashRequest)(nil),           // 20: wasmatrix.v1.StateHashRequest
-	(*IndexHash)(nil),                  // 21: wasmatrix.v1.IndexHash
-	(*StateHashResponse)(nil),          // 22: wasmatrix.v1.StateHashResponse
-	nil,                                // 23: wasmatrix.v1.StatusResponse.InstancesEntry
-	nil,                                // 24: wasmatrix.v1.StatusResponse.ProvidersEntry
-	(*durationpb.Duration)(nil),        // 25: google.protobuf.Duration
-	(*Module)(nil),                     // 26: wasmatrix.v1.Module
+	(*RuntimeOffer)(nil),               // 2: wasmatrix.v1.RuntimeOffer
+	(*StatusResponse)(nil),             // 3: wasmatrix.v1.StatusResponse
+	(*JoinRequest)(nil),                // 4: wasmatrix.v1.JoinRequest
+	(*JoinResponse)(nil),               // 5: wasmatrix.v1.JoinResponse
+	(*RemoveRequest)(nil),              // 6: wasmatrix.v1.RemoveRequest
+	(*RemoveResponse)(nil),             // 7: wasmatrix.v1.RemoveResponse
+	(*PromoteRequest)(nil),             // 8: wasmatrix.v1.PromoteRequest
+	(*PromoteResponse)(nil),            // 9: wasmatrix.v1.PromoteResponse
+	(*TransferLeadershipRequest)(nil),  // 10: wasmatrix.v1.TransferLeadershipRequest
+	(*TransferLeadershipResponse)(nil), // 11: wasmatrix.v1.TransferLeadershipResponse
+	(*SnapshotSaveRequest)(nil),        // 12: wasmatrix.v1.SnapshotSaveRequest
+	(*SnapshotSaveResponse)(nil),       // 13: wasmatrix.v1.SnapshotSaveResponse
+	(*SnapshotRestoreRequest)(nil),     // 14: wasmatrix.v1.SnapshotRestoreRequest
+	(*SnapshotRestoreResponse)(nil),    // 15: wasmatrix.v1.SnapshotRestoreResponse
+	(*StoreModuleRequest)(nil),         // 16: wasmatrix.v1.StoreModuleRequest
+	(*StoreModuleResponse)(nil),        // 17: wasmatrix.v1.StoreModuleResponse
+	(*ReadModuleRequest)(nil),          // 18: wasmatrix.v1.ReadModuleRequest
+	(*ReadModuleResponse)(nil),         // 19: wasmatrix.v1.ReadModuleResponse
+	(*PeerMetadata)(nil),               // 20: wasmatrix.v1.PeerMetadata
+	(*StateHashRequest)(nil),           // 21: wasmatrix.v1.StateHashRequest
+	(*IndexHash)(nil),                  // 22: wasmatrix.v1.IndexHash
+	(*StateHashResponse)(nil),          // 23: wasmatrix.v1.StateHashResponse
+	nil,                                // 24: wasmatrix.v1.StatusResponse.InstancesEntry
+	nil,                                // 25: wasmatrix.v1.StatusResponse.ProvidersEntry
+	(*durationpb.Duration)(nil),        // 26: google.protobuf.Duration
+	(*Module)(nil),                     // 27: wasmatrix.v1.Module
 }
 var file_wasmatrix_v1_cluster_proto_depIdxs = []int32{
 	0,  // 0: wasmatrix.v1.StatusResponse.peers:type_name -> wasmatrix.v1.PeerStatus
-	23, // 1: wasmatrix.v1.StatusResponse.instances:type_name -> wasmatrix.v1.StatusResponse.InstancesEntry
-	24, // 2: wasmatrix.v1.StatusResponse.providers:type_name -> wasmatrix.v1.StatusResponse.ProvidersEntry
-	25, // 3: wasmatrix.v1.StatusResponse.without_leader:type_name -> google.protobuf.Duration
-	26, // 4: wasmatrix.v1.StoreModuleRequest.module:type_name -> wasmatrix.v1.Module
-	21, // 5: wasmatrix.v1.StateHashResponse.hashes:type_name -> wasmatrix.v1.IndexHash
-	1,  // 6: wasmatrix.v1.ClusterService.Status:input_type -> wasmatrix.v1.StatusRequest
-	3,  // 7: wasmatrix.v1.ClusterService.Join:input_type -> wasmatrix.v1.JoinRequest
-	5,  // 8: wasmatrix.v1.ClusterService.Remove:input_type -> wasmatrix.v1.RemoveRequest
-	7,  // 9: wasmatrix.v1.ClusterService.Promote:input_type -> wasmatrix.v1.PromoteRequest
-	9,  // 10: wasmatrix.v1.ClusterService.TransferLeadership:input_type -> wasmatrix.v1.TransferLeadershipRequest
-	11, // 11: wasmatrix.v1.ClusterService.SnapshotSave:input_type -> wasmatrix.v1.SnapshotSaveRequest
-	13, // 12: wasmatrix.v1.ClusterService.SnapshotRestore:input_type -> wasmatrix.v1.SnapshotRestoreRequest
-	20, // 13: wasmatrix.v1.ClusterService.StateHash:input_type -> wasmatrix.v1.StateHashRequest
-	15, // 14: wasmatrix.v1.PeerService.StoreModule:input_type -> wasmatrix.v1.StoreModuleRequest
-	17, // 15: wasmatrix.v1.PeerService.ReadModule:input_type -> wasmatrix.v1.ReadModuleRequest
-	2,  // 16: wasmatrix.v1.ClusterService.Status:output_type -> wasmatrix.v1.StatusResponse
-	4,  // 17: wasmatrix.v1.ClusterService.Join:output_type -> wasmatrix.v1.JoinResponse
-	6,  // 18: wasmatrix.v1.ClusterService.Remove:output_type -> wasmatrix.v1.RemoveResponse
-	8,  // 19: wasmatrix.v1.ClusterService.Promote:output_type -> wasmatrix.v1.PromoteResponse
-	10, // 20: wasmatrix.v1.ClusterService.TransferLeadership:output_type -> wasmatrix.v1.TransferLeadershipResponse
-	12, // 21: wasmatrix.v1.ClusterService.SnapshotSave:output_type -> wasmatrix.v1.SnapshotSaveResponse
-	14, // 22: wasmatrix.v1.ClusterService.SnapshotRestore:output_type -> wasmatrix.v1.SnapshotRestoreResponse
-	22, // 23: wasmatrix.v1.ClusterService.StateHash:output_type -> wasmatrix.v1.StateHashResponse
-	16, // 24: wasmatrix.v1.PeerService.StoreModule:output_type -> wasmatrix.v1.StoreModuleResponse
-	18, // 25: wasmatrix.v1.PeerService.ReadModule:output_type -> wasmatrix.v1.ReadModuleResponse
-	16, // [16:26] is the sub-list for method output_type
-	6,  // [6:16] is the sub-list for method input_type
-	6,  // [6:6] is the sub-list for extension type_name
-	6,  // [6:6] is the sub-list for extension extendee
-	0,  // [0:6] is the sub-list for field type_name
+	24, // 1: wasmatrix.v1.StatusResponse.instances:type_name -> wasmatrix.v1.StatusResponse.InstancesEntry
+	25, // 2: wasmatrix.v1.StatusResponse.providers:type_name -> wasmatrix.v1.StatusResponse.ProvidersEntry
+	26, // 3: wasmatrix.v1.StatusResponse.without_leader:type_name -> google.protobuf.Duration
+	2,  // 4: wasmatrix.v1.StatusResponse.runtimes:type_name -> wasmatrix.v1.RuntimeOffer
+	27, // 5: wasmatrix.v1.StoreModuleRequest.module:type_name -> wasmatrix.v1.Module
+	22, // 6: wasmatrix.v1.StateHashResponse.hashes:type_name -> wasmatrix.v1.IndexHash
+	1,  // 7: wasmatrix.v1.ClusterService.Status:input_type -> wasmatrix.v1.StatusRequest
+	4,  // 8: wasmatrix.v1.ClusterService.Join:input_type -> wasmatrix.v1.JoinRequest
+	6,  // 9: wasmatrix.v1.ClusterService.Remove:input_type -> wasmatrix.v1.RemoveRequest
+	8,  // 10: wasmatrix.v1.ClusterService.Promote:input_type -> wasmatrix.v1.PromoteRequest
+	10, // 11: wasmatrix.v1.ClusterService.TransferLeadership:input_type -> wasmatrix.v1.TransferLeadershipRequest
+	12, // 12: wasmatrix.v1.ClusterService.SnapshotSave:input_type -> wasmatrix.v1.SnapshotSaveRequest
+	14, // 13: wasmatrix.v1.ClusterService.SnapshotRestore:input_type -> wasmatrix.v1.SnapshotRestoreRequest
+	21, // 14: wasmatrix.v1.ClusterService.StateHash:input_type -> wasmatrix.v1.StateHashRequest
+	16, // 15: wasmatrix.v1.PeerService.StoreModule:input_type -> wasmatrix.v1.StoreModuleRequest
+	18, // 16: wasmatrix.v1.PeerService.ReadModule:input_type -> wasmatrix.v1.ReadModuleRequest
+	3,  // 17: wasmatrix.v1.ClusterService.Status:output_type -> wasmatrix.v1.StatusResponse
+	5,  // 18: wasmatrix.v1.ClusterService.Join:output_type -> wasmatrix.v1.JoinResponse
+	7,  // 19: wasmatrix.v1.ClusterService.Remove:output_type -> wasmatrix.v1.RemoveResponse
+	9,  // 20: wasmatrix.v1.ClusterService.Promote:output_type -> wasmatrix.v1.PromoteResponse
+	11, // 21: wasmatrix.v1.ClusterService.TransferLeadership:output_type -> wasmatrix.v1.TransferLeadershipResponse
+	13, // 22: wasmatrix.v1.ClusterService.SnapshotSave:output_type -> wasmatrix.v1.SnapshotSaveResponse
+	15, // 23: wasmatrix.v1.ClusterService.SnapshotRestore:output_type -> wasmatrix.v1.SnapshotRestoreResponse
+	23, // 24: wasmatrix.v1.ClusterService.StateHash:output_type -> wasmatrix.v1.StateHashResponse
+	17, // 25: wasmatrix.v1.PeerService.StoreModule:output_type -> wasmatrix.v1.StoreModuleResponse
+	19, // 26: wasmatrix.v1.PeerService.ReadModule:output_type -> wasmatrix.v1.ReadModuleResponse
+	17, // [17:27] is the sub-list for method output_type
+	7,  // [7:17] is the sub-list for method input_type
+	7,  // [7:7] is the sub-list for extension type_name
+	7,  // [7:7] is the sub-list for extension extendee
+	0,  // [0:7] is the sub-list for field type_name
 }
 
 func init() { file_wasmatrix_v1_cluster_proto_init() }
@@ -1670,7 +1750,7 @@ func file_wasmatrix_v1_cluster_proto_init() {
 		return
 	}
 	file_wasmatrix_v1_module_proto_init()
-	file_wasmatrix_v1_cluster_proto_msgTypes[15].OneofWrappers = []any{
+	file_wasmatrix_v1_cluster_proto_msgTypes[16].OneofWrappers = []any{
 		(*StoreModuleRequest_Module)(nil),
 		(*StoreModuleRequest_Chunk)(nil),
 	}
@@ -1680,7 +1760,7 @@ func file_wasmatrix_v1_cluster_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_wasmatrix_v1_cluster_proto_rawDesc), len(file_wasmatrix_v1_cluster_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   25,
+			NumMessages:   26,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -1049,7 +1049,11 @@ type NodeVerdict struct {
 	// Why not, one reason an entry; for an eligible node, its load.
 	Reasons []string `protobuf:"bytes,3,rep,name=reasons,proto3" json:"reasons,omitempty"`
 	// True for the node that would be chosen now.
-	Chosen        bool `protobuf:"varint,4,opt,name=chosen,proto3" json:"chosen,omitempty"`
+	Chosen bool `protobuf:"varint,4,opt,name=chosen,proto3" json:"chosen,omitempty"`
+	// The runtime that it would run in there: the one its spec names, else the node's default; empty where the node does not offer it.
+	Runtime string `protobuf:"bytes,5,opt,name=runtime,proto3" json:"runtime,omitempty"`
+	// What would keep it apart from the node; see RuntimeInfo.
+	Isolation     string `protobuf:"bytes,6,opt,name=isolation,proto3" json:"isolation,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1110,6 +1114,20 @@ func (x *NodeVerdict) GetChosen() bool {
 		return x.Chosen
 	}
 	return false
+}
+
+func (x *NodeVerdict) GetRuntime() string {
+	if x != nil {
+		return x.Runtime
+	}
+	return ""
+}
+
+func (x *NodeVerdict) GetIsolation() string {
+	if x != nil {
+		return x.Isolation
+	}
+	return ""
 }
 
 // ExplainResponse says where an instance could run.
@@ -3826,12 +3844,14 @@ const file_wasmatrix_v1_control_proto_rawDesc = "" +
 	"\x0eExplainRequest\x12\"\n" +
 	"\x06target\x18\x01 \x01(\tB\n" +
 	"\xbaH\ar\x05\x10\x01\x18\x80\x01R\x06target\x12-\n" +
-	"\x04read\x18\x02 \x01(\v2\x19.wasmatrix.v1.ReadOptionsR\x04read\"t\n" +
+	"\x04read\x18\x02 \x01(\v2\x19.wasmatrix.v1.ReadOptionsR\x04read\"\xac\x01\n" +
 	"\vNodeVerdict\x12\x17\n" +
 	"\anode_id\x18\x01 \x01(\tR\x06nodeId\x12\x1a\n" +
 	"\beligible\x18\x02 \x01(\bR\beligible\x12\x18\n" +
 	"\areasons\x18\x03 \x03(\tR\areasons\x12\x16\n" +
-	"\x06chosen\x18\x04 \x01(\bR\x06chosen\"\x8c\x01\n" +
+	"\x06chosen\x18\x04 \x01(\bR\x06chosen\x12\x18\n" +
+	"\aruntime\x18\x05 \x01(\tR\aruntime\x12\x1c\n" +
+	"\tisolation\x18\x06 \x01(\tR\tisolation\"\x8c\x01\n" +
 	"\x0fExplainResponse\x122\n" +
 	"\binstance\x18\x01 \x01(\v2\x16.wasmatrix.v1.InstanceR\binstance\x12/\n" +
 	"\x05nodes\x18\x02 \x03(\v2\x19.wasmatrix.v1.NodeVerdictR\x05nodes\x12\x14\n" +

@@ -915,7 +915,11 @@ type InstanceStatus struct {
 	// What it used; filled in by the agent when asked, never stored in the registry.
 	Usage *ResourceUsage `protobuf:"bytes,11,opt,name=usage,proto3" json:"usage,omitempty"`
 	// Restarts in a row after crashes; they go on counting on another node, until max_retries.
-	Retries       uint32 `protobuf:"varint,12,opt,name=retries,proto3" json:"retries,omitempty"`
+	Retries uint32 `protobuf:"varint,12,opt,name=retries,proto3" json:"retries,omitempty"`
+	// The runtime that this generation runs in, from its first start on: "wasm" or "microvm". It is told by the agent, for a spec may name none.
+	Runtime string `protobuf:"bytes,13,opt,name=runtime,proto3" json:"runtime,omitempty"`
+	// What keeps it apart from the node there: "sandbox", "hardware" or "emulated"; see RuntimeInfo.
+	Isolation     string `protobuf:"bytes,14,opt,name=isolation,proto3" json:"isolation,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1032,6 +1036,20 @@ func (x *InstanceStatus) GetRetries() uint32 {
 		return x.Retries
 	}
 	return 0
+}
+
+func (x *InstanceStatus) GetRuntime() string {
+	if x != nil {
+		return x.Runtime
+	}
+	return ""
+}
+
+func (x *InstanceStatus) GetIsolation() string {
+	if x != nil {
+		return x.Isolation
+	}
+	return ""
 }
 
 // Instance is one running copy of a workload as the registry knows it.
@@ -1246,7 +1264,7 @@ const file_wasmatrix_v1_instance_proto_rawDesc = "" +
 	"\vinvocations\x18\x02 \x01(\x04R\vinvocations\x12)\n" +
 	"\x10capability_calls\x18\x03 \x01(\x04R\x0fcapabilityCalls\x128\n" +
 	"\n" +
-	"guest_time\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\tguestTime\"\x8c\x04\n" +
+	"guest_time\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\tguestTime\"\xd6\x04\n" +
 	"\x0eInstanceStatus\x121\n" +
 	"\x05state\x18\x01 \x01(\x0e2\x1b.wasmatrix.v1.InstanceStateR\x05state\x12\x1e\n" +
 	"\n" +
@@ -1265,7 +1283,9 @@ const file_wasmatrix_v1_instance_proto_rawDesc = "" +
 	" \x01(\v2\x1a.google.protobuf.TimestampR\n" +
 	"finishedAt\x121\n" +
 	"\x05usage\x18\v \x01(\v2\x1b.wasmatrix.v1.ResourceUsageR\x05usage\x12\x18\n" +
-	"\aretries\x18\f \x01(\rR\aretries\"\xe1\x03\n" +
+	"\aretries\x18\f \x01(\rR\aretries\x12!\n" +
+	"\aruntime\x18\r \x01(\tB\a\xbaH\x04r\x02\x18?R\aruntime\x12%\n" +
+	"\tisolation\x18\x0e \x01(\tB\a\xbaH\x04r\x02\x18?R\tisolation\"\xe1\x03\n" +
 	"\bInstance\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12.\n" +

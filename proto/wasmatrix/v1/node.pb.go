@@ -131,6 +131,79 @@ func (x *NodeCapacity) GetMemoryBytes() uint64 {
 	return 0
 }
 
+// RuntimeInfo is one runtime that a node offers.
+type RuntimeInfo struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Its name in a workload's spec: "wasm" or "microvm".
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// What keeps its instances apart from the node and from each other: "sandbox" (that of WebAssembly, inside the agent's process), "hardware" (a virtual machine on the processor's own virtualisation) or "emulated" (a virtual machine whose processor is a program). Empty when the node does not tell.
+	Isolation string `protobuf:"bytes,2,opt,name=isolation,proto3" json:"isolation,omitempty"`
+	// What runs the virtual machines: "kvm" or "tcg"; empty where there are none.
+	Accelerator string `protobuf:"bytes,3,opt,name=accelerator,proto3" json:"accelerator,omitempty"`
+	// True for the runtime of workloads that name none.
+	IsDefault     bool `protobuf:"varint,4,opt,name=is_default,json=isDefault,proto3" json:"is_default,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RuntimeInfo) Reset() {
+	*x = RuntimeInfo{}
+	mi := &file_wasmatrix_v1_node_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RuntimeInfo) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RuntimeInfo) ProtoMessage() {}
+
+func (x *RuntimeInfo) ProtoReflect() protoreflect.Message {
+	mi := &file_wasmatrix_v1_node_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RuntimeInfo.ProtoReflect.Descriptor instead.
+func (*RuntimeInfo) Descriptor() ([]byte, []int) {
+	return file_wasmatrix_v1_node_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *RuntimeInfo) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *RuntimeInfo) GetIsolation() string {
+	if x != nil {
+		return x.Isolation
+	}
+	return ""
+}
+
+func (x *RuntimeInfo) GetAccelerator() string {
+	if x != nil {
+		return x.Accelerator
+	}
+	return ""
+}
+
+func (x *RuntimeInfo) GetIsDefault() bool {
+	if x != nil {
+		return x.IsDefault
+	}
+	return false
+}
+
 // NodeInfo is what an agent tells of its node when it registers.
 type NodeInfo struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -150,13 +223,15 @@ type NodeInfo struct {
 	Version string `protobuf:"bytes,7,opt,name=version,proto3" json:"version,omitempty"`
 	// host:port of the node's HTTP ingress for instances; empty when it has none.
 	IngressAddress string `protobuf:"bytes,8,opt,name=ingress_address,json=ingressAddress,proto3" json:"ingress_address,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// More about each of runtimes; empty from agents that do not tell.
+	RuntimeInfo   []*RuntimeInfo `protobuf:"bytes,9,rep,name=runtime_info,json=runtimeInfo,proto3" json:"runtime_info,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *NodeInfo) Reset() {
 	*x = NodeInfo{}
-	mi := &file_wasmatrix_v1_node_proto_msgTypes[1]
+	mi := &file_wasmatrix_v1_node_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -168,7 +243,7 @@ func (x *NodeInfo) String() string {
 func (*NodeInfo) ProtoMessage() {}
 
 func (x *NodeInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_node_proto_msgTypes[1]
+	mi := &file_wasmatrix_v1_node_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -181,7 +256,7 @@ func (x *NodeInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeInfo.ProtoReflect.Descriptor instead.
 func (*NodeInfo) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_node_proto_rawDescGZIP(), []int{1}
+	return file_wasmatrix_v1_node_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *NodeInfo) GetId() string {
@@ -240,6 +315,13 @@ func (x *NodeInfo) GetIngressAddress() string {
 	return ""
 }
 
+func (x *NodeInfo) GetRuntimeInfo() []*RuntimeInfo {
+	if x != nil {
+		return x.RuntimeInfo
+	}
+	return nil
+}
+
 // Node is one worker node as the registry knows it.
 type Node struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -269,7 +351,7 @@ type Node struct {
 
 func (x *Node) Reset() {
 	*x = Node{}
-	mi := &file_wasmatrix_v1_node_proto_msgTypes[2]
+	mi := &file_wasmatrix_v1_node_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -281,7 +363,7 @@ func (x *Node) String() string {
 func (*Node) ProtoMessage() {}
 
 func (x *Node) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_node_proto_msgTypes[2]
+	mi := &file_wasmatrix_v1_node_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -294,7 +376,7 @@ func (x *Node) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Node.ProtoReflect.Descriptor instead.
 func (*Node) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_node_proto_rawDescGZIP(), []int{2}
+	return file_wasmatrix_v1_node_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *Node) GetId() string {
@@ -384,7 +466,7 @@ type Peer struct {
 
 func (x *Peer) Reset() {
 	*x = Peer{}
-	mi := &file_wasmatrix_v1_node_proto_msgTypes[3]
+	mi := &file_wasmatrix_v1_node_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -396,7 +478,7 @@ func (x *Peer) String() string {
 func (*Peer) ProtoMessage() {}
 
 func (x *Peer) ProtoReflect() protoreflect.Message {
-	mi := &file_wasmatrix_v1_node_proto_msgTypes[3]
+	mi := &file_wasmatrix_v1_node_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -409,7 +491,7 @@ func (x *Peer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Peer.ProtoReflect.Descriptor instead.
 func (*Peer) Descriptor() ([]byte, []int) {
-	return file_wasmatrix_v1_node_proto_rawDescGZIP(), []int{3}
+	return file_wasmatrix_v1_node_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Peer) GetId() string {
@@ -447,7 +529,13 @@ const file_wasmatrix_v1_node_proto_rawDesc = "" +
 	"\x17wasmatrix/v1/node.proto\x12\fwasmatrix.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"e\n" +
 	"\fNodeCapacity\x12)\n" +
 	"\tinstances\x18\x01 \x01(\rB\v\xbaH\b*\x06\x18\xa0\x8d\x06(\x01R\tinstances\x12*\n" +
-	"\fmemory_bytes\x18\x02 \x01(\x04B\a\xbaH\x042\x02(\x01R\vmemoryBytes\"\xc2\x03\n" +
+	"\fmemory_bytes\x18\x02 \x01(\x04B\a\xbaH\x042\x02(\x01R\vmemoryBytes\"\x9d\x01\n" +
+	"\vRuntimeInfo\x12\x1d\n" +
+	"\x04name\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18?R\x04name\x12%\n" +
+	"\tisolation\x18\x02 \x01(\tB\a\xbaH\x04r\x02\x18?R\tisolation\x12)\n" +
+	"\vaccelerator\x18\x03 \x01(\tB\a\xbaH\x04r\x02\x18?R\vaccelerator\x12\x1d\n" +
+	"\n" +
+	"is_default\x18\x04 \x01(\bR\tisDefault\"\x8a\x04\n" +
 	"\bNodeInfo\x12;\n" +
 	"\x02id\x18\x01 \x01(\tB+\xbaH(r&2$^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$R\x02id\x12/\n" +
 	"\ragent_address\x18\x02 \x01(\tB\n" +
@@ -457,7 +545,8 @@ const file_wasmatrix_v1_node_proto_rawDesc = "" +
 	"\bplatform\x18\x05 \x01(\tR\bplatform\x12\x1a\n" +
 	"\bruntimes\x18\x06 \x03(\tR\bruntimes\x12\x18\n" +
 	"\aversion\x18\a \x01(\tR\aversion\x12'\n" +
-	"\x0fingress_address\x18\b \x01(\tR\x0eingressAddress\x1a9\n" +
+	"\x0fingress_address\x18\b \x01(\tR\x0eingressAddress\x12F\n" +
+	"\fruntime_info\x18\t \x03(\v2\x19.wasmatrix.v1.RuntimeInfoB\b\xbaH\x05\x92\x01\x02\x10\x10R\vruntimeInfo\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xe9\x03\n" +
@@ -500,30 +589,32 @@ func file_wasmatrix_v1_node_proto_rawDescGZIP() []byte {
 }
 
 var file_wasmatrix_v1_node_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_wasmatrix_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 6)
+var file_wasmatrix_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
 var file_wasmatrix_v1_node_proto_goTypes = []any{
 	(NodeState)(0),                // 0: wasmatrix.v1.NodeState
 	(*NodeCapacity)(nil),          // 1: wasmatrix.v1.NodeCapacity
-	(*NodeInfo)(nil),              // 2: wasmatrix.v1.NodeInfo
-	(*Node)(nil),                  // 3: wasmatrix.v1.Node
-	(*Peer)(nil),                  // 4: wasmatrix.v1.Peer
-	nil,                           // 5: wasmatrix.v1.NodeInfo.LabelsEntry
-	nil,                           // 6: wasmatrix.v1.Node.LabelsEntry
-	(*timestamppb.Timestamp)(nil), // 7: google.protobuf.Timestamp
+	(*RuntimeInfo)(nil),           // 2: wasmatrix.v1.RuntimeInfo
+	(*NodeInfo)(nil),              // 3: wasmatrix.v1.NodeInfo
+	(*Node)(nil),                  // 4: wasmatrix.v1.Node
+	(*Peer)(nil),                  // 5: wasmatrix.v1.Peer
+	nil,                           // 6: wasmatrix.v1.NodeInfo.LabelsEntry
+	nil,                           // 7: wasmatrix.v1.Node.LabelsEntry
+	(*timestamppb.Timestamp)(nil), // 8: google.protobuf.Timestamp
 }
 var file_wasmatrix_v1_node_proto_depIdxs = []int32{
-	5, // 0: wasmatrix.v1.NodeInfo.labels:type_name -> wasmatrix.v1.NodeInfo.LabelsEntry
+	6, // 0: wasmatrix.v1.NodeInfo.labels:type_name -> wasmatrix.v1.NodeInfo.LabelsEntry
 	1, // 1: wasmatrix.v1.NodeInfo.capacity:type_name -> wasmatrix.v1.NodeCapacity
-	2, // 2: wasmatrix.v1.Node.info:type_name -> wasmatrix.v1.NodeInfo
-	0, // 3: wasmatrix.v1.Node.state:type_name -> wasmatrix.v1.NodeState
-	7, // 4: wasmatrix.v1.Node.registered_at:type_name -> google.protobuf.Timestamp
-	7, // 5: wasmatrix.v1.Node.state_changed_at:type_name -> google.protobuf.Timestamp
-	6, // 6: wasmatrix.v1.Node.labels:type_name -> wasmatrix.v1.Node.LabelsEntry
-	7, // [7:7] is the sub-list for method output_type
-	7, // [7:7] is the sub-list for method input_type
-	7, // [7:7] is the sub-list for extension type_name
-	7, // [7:7] is the sub-list for extension extendee
-	0, // [0:7] is the sub-list for field type_name
+	2, // 2: wasmatrix.v1.NodeInfo.runtime_info:type_name -> wasmatrix.v1.RuntimeInfo
+	3, // 3: wasmatrix.v1.Node.info:type_name -> wasmatrix.v1.NodeInfo
+	0, // 4: wasmatrix.v1.Node.state:type_name -> wasmatrix.v1.NodeState
+	8, // 5: wasmatrix.v1.Node.registered_at:type_name -> google.protobuf.Timestamp
+	8, // 6: wasmatrix.v1.Node.state_changed_at:type_name -> google.protobuf.Timestamp
+	7, // 7: wasmatrix.v1.Node.labels:type_name -> wasmatrix.v1.Node.LabelsEntry
+	8, // [8:8] is the sub-list for method output_type
+	8, // [8:8] is the sub-list for method input_type
+	8, // [8:8] is the sub-list for extension type_name
+	8, // [8:8] is the sub-list for extension extendee
+	0, // [0:8] is the sub-list for field type_name
 }
 
 func init() { file_wasmatrix_v1_node_proto_init() }
@@ -537,7 +628,7 @@ func file_wasmatrix_v1_node_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_wasmatrix_v1_node_proto_rawDesc), len(file_wasmatrix_v1_node_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   6,
+			NumMessages:   7,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
