@@ -36,6 +36,9 @@ make --no-print-directory e2e
 step "capabilities: providers stopped, updated, drained and killed under load, revocations, messages"
 make --no-print-directory capability
 
+step "instances in virtual machines, emulated"
+make --no-print-directory microvm
+
 step "damaged files, failing and full disks, lost quorum"
 make --no-print-directory corruption
 

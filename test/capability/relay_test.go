@@ -19,8 +19,9 @@ import (
 	"github.com/wasmatrix/wasmatrix/test/harness"
 )
 
-// settleTime is far above what anything here takes, on a loaded machine too.
-const settleTime = 90 * time.Second
+// settleTime is far above what anything here takes, on a loaded machine and
+// in emulated virtual machines too.
+const settleTime = 3 * time.Minute
 
 // rounds is how often a test repeats what it does: the number in the environment
 // variable, or usual.

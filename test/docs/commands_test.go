@@ -18,7 +18,7 @@ import (
 )
 
 // inBinary are the commands that the binary adds to those of package cli.
-var inBinary = []string{"dev", "agent", "cluster ca", "cluster recover"}
+var inBinary = []string{"dev", "agent", "doctor", "cluster ca", "cluster recover"}
 
 // errSkipped marks a command line that only the built binary can judge.
 var errSkipped = errors.New("WASMATRIX_BINARY is not set")

@@ -58,7 +58,7 @@ func TestGreeter(t *testing.T) {
 	host := strings.TrimPrefix(world.URL, "http://")
 	for _, node := range []string{"n1", "n2"} {
 		name := "greeter-" + node
-		run := c.CLI("run", module, "--name", name, "--node", node, "--allow", "http:request", "--env", "GREETING_URL="+world.URL+"/hi")
+		run := c.CLI("run", module, "--name", name, "--node", node, "--allow", "http:request", "--env", "GREETING_URL="+world.URL+"/hi", "--wait-timeout", "3m")
 		if run.Code != 0 {
 			t.Fatalf("run on %s: %+v", node, run)
 		}

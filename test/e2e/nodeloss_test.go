@@ -22,12 +22,14 @@ import (
 
 const (
 	// movedWithin is far above what a move takes (about 4 s) and what a loaded
-	// machine makes of it: only that it happens is asserted here.
-	movedWithin = 90 * time.Second
+	// machine makes of it, or an emulated one: only that it happens is asserted here.
+	movedWithin = 3 * time.Minute
 	// effectsBefore is how many effects a generation has before its node is lost.
 	effectsBefore = 100
 	// roundsVariable says how many rounds the tests of lost nodes make.
 	roundsVariable = "WASMATRIX_NODELOSS_ROUNDS"
+	// pausesVariable lists how long agents stand still, as in "1s,10s".
+	pausesVariable = "WASMATRIX_NODELOSS_PAUSES"
 )
 
 // ledger is a workload that writes "effect/<generation>/<counter>" without end.
@@ -50,7 +52,7 @@ func nodeLossCluster(t *testing.T) *harness.Cluster {
 
 func startLedger(t *testing.T, c *harness.Cluster, name string, change ...func(*pb.WorkloadSpec)) *ledger {
 	t.Helper()
-	ctx := c.Context(time.Minute)
+	ctx := c.Context(movedWithin)
 	module, err := c.Client.UploadModuleFile(ctx, goGuest(t, "ledger"))
 	if err != nil {
 		t.Fatal(err)
@@ -145,6 +147,16 @@ func (l *ledger) steps(since time.Time) string {
 	return strings.Join(out, ", ")
 }
 
+// machines returns the virtual machines of a node; none with another runtime.
+func (l *ledger) machines(n *dev.Node) []int {
+	l.t.Helper()
+	agent, err := n.AgentPID()
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	return l.Machines.RunningOf(agent)
+}
+
 func (l *ledger) instance() *pb.Instance {
 	l.t.Helper()
 	got, err := l.Client.QueryInstance(l.Context(20*time.Second), &pb.QueryInstanceRequest{Target: l.id})
@@ -216,9 +228,13 @@ func TestNodeKilled(t *testing.T) {
 	for range rounds(t, roundsVariable, 3) {
 		in := l.settled()
 		victim := c.Node(in.Placement.NodeId)
+		machines := l.machines(victim)
 		killed := time.Now()
 		if err := victim.Kill(); err != nil {
 			t.Fatal(err)
+		}
+		if err := c.Machines.Gone(machines...); len(machines) > 0 && err != nil {
+			t.Error(err)
 		}
 		took = append(took, l.waitEffect(in.Placement.Generation+1).Sub(killed))
 		t.Logf("%s", l.steps(killed))
@@ -240,6 +256,16 @@ func TestAgentPaused(t *testing.T) {
 			3500 * time.Millisecond, 4 * time.Second, 6 * time.Second, 10 * time.Second, 30 * time.Second,
 		}
 	}
+	if given := os.Getenv(pausesVariable); given != "" {
+		pauses = nil
+		for text := range strings.SplitSeq(given, ",") {
+			pause, err := time.ParseDuration(text)
+			if err != nil {
+				t.Fatalf("%s: %v", pausesVariable, err)
+			}
+			pauses = append(pauses, pause)
+		}
+	}
 	c := nodeLossCluster(t)
 	keep := startLedger(t, c, "keep")
 	stop := startLedger(t, c, "stop", func(s *pb.WorkloadSpec) { s.OnDisconnect = "stop" })
@@ -250,6 +276,7 @@ func TestAgentPaused(t *testing.T) {
 		in := keep.settled()
 		stop.settled()
 		victim := c.Node(in.Placement.NodeId)
+		machines := keep.machines(victim)
 		paused := time.Now()
 		if err := victim.SignalAgent(syscall.SIGSTOP); err != nil {
 			t.Fatal(err)
@@ -266,6 +293,10 @@ func TestAgentPaused(t *testing.T) {
 		select {
 		case at := <-moved:
 			took = append(took, at.Sub(paused))
+			// The machine of the old generation ran on while its agent stood still.
+			if err := c.Machines.Fewer(machines); err != nil {
+				t.Error(err)
+			}
 		default:
 			if keep.settled().Placement.Generation == in.Placement.Generation {
 				stayed++
@@ -288,9 +319,14 @@ func TestAgentKilled(t *testing.T) {
 	var took []time.Duration
 	for range rounds(t, roundsVariable, 2) {
 		in := l.settled()
+		victim := c.Node(in.Placement.NodeId)
+		machines := l.machines(victim)
 		killed := time.Now()
-		if err := c.Node(in.Placement.NodeId).SignalAgent(syscall.SIGKILL); err != nil {
+		if err := victim.SignalAgent(syscall.SIGKILL); err != nil {
 			t.Fatal(err)
+		}
+		if err := c.Machines.Gone(machines...); len(machines) > 0 && err != nil {
+			t.Error(err)
 		}
 		took = append(took, l.waitEffect(in.Placement.Generation+1).Sub(killed))
 	}

@@ -47,7 +47,7 @@ func TestOrders(t *testing.T) {
 			cfg.Limits.Memory = "1MiB" // the providers' node has no room for instances
 		}
 	}})
-	apply := c.CLI("apply", "-f", ordersManifest(t, c), "-o", "json")
+	apply := c.CLI("apply", "-f", ordersManifest(t, c), "-o", "json", "--wait-timeout", "3m")
 	if apply.Code != 0 || !strings.Contains(apply.Stdout, `"n2"`) || !strings.Contains(apply.Stdout, `"n3"`) {
 		t.Fatalf("apply: %+v, want one replica on n2 and one on n3", apply)
 	}

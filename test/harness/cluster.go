@@ -21,13 +21,15 @@ type Cluster struct {
 	Client *client.Client
 	// Guests is the directory of the built guests.
 	Guests string
+	// Machines are the virtual machines of its nodes; none may be left at the end.
+	Machines *Machines
 
 	binary string
 	t      testing.TB
 }
 
 // New lays out a cluster and starts nothing. Options that are not set get the
-// values that tests want. When the test failed, the ends of the nodes' logs are shown.
+// values that tests want, and guests are executed by Backend. When the test failed, the ends of the nodes' logs are shown.
 func New(t testing.TB, o dev.Options) *Cluster {
 	t.Helper()
 	binary, guests := Binary(t)
@@ -35,11 +37,12 @@ func New(t testing.TB, o dev.Options) *Cluster {
 	if o.Dir == "" {
 		o.Dir = t.TempDir()
 	}
+	machines := withBackend(t, &o)
 	d, err := dev.Create(o)
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := &Cluster{Cluster: d, Guests: guests, binary: binary, t: t}
+	c := &Cluster{Cluster: d, Guests: guests, Machines: machines, binary: binary, t: t}
 	t.Cleanup(func() {
 		if t.Failed() {
 			for _, n := range d.Nodes() {
@@ -48,6 +51,9 @@ func New(t testing.TB, o dev.Options) *Cluster {
 		}
 		if err := d.Close(); err != nil {
 			t.Errorf("shut the cluster down: %v", err)
+		}
+		if err := machines.Gone(); err != nil {
+			t.Errorf("after the end of all nodes: %v", err)
 		}
 	})
 	if c.Client, err = d.Client(); err != nil {
@@ -109,7 +115,7 @@ func (c *Cluster) Leader() *dev.Node {
 // any) with the provider "kv", and waits until it runs.
 func (c *Cluster) RunHello(name, node string, change ...func(*pb.WorkloadSpec)) *pb.Instance {
 	c.t.Helper()
-	ctx := c.Context(time.Minute)
+	ctx := c.Context(3 * time.Minute)
 	module, err := c.Client.UploadModuleFile(ctx, filepath.Join(c.Guests, "hello.wasm"))
 	if err != nil {
 		c.t.Fatal(err)
@@ -148,7 +154,8 @@ func (c *Cluster) CLI(args ...string) Output {
 // CLIWithInput runs the built binary with standard input.
 func (c *Cluster) CLIWithInput(stdin string, args ...string) Output {
 	c.t.Helper()
-	cmd := exec.CommandContext(c.Context(time.Minute), c.binary, args...)
+	// The first start of a module in an emulated machine takes long on a busy node.
+	cmd := exec.CommandContext(c.Context(4*time.Minute), c.binary, args...)
 	cmd.Env = append(cmd.Environ(), "WASMATRIX_CONTEXT="+c.ContextPath, "NO_COLOR=1")
 	var stdout, stderr bytes.Buffer
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewBufferString(stdin), &stdout, &stderr
