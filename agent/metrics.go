@@ -77,10 +77,6 @@ func stateLabel(s pb.InstanceState) string {
 	return strings.ToLower(strings.TrimPrefix(s.String(), "INSTANCE_STATE_"))
 }
 
-func reasonLabel(r runtime.Reason) string {
-	return strings.ToLower(strings.TrimPrefix(pb.ExitReason(r).String(), "EXIT_REASON_"))
-}
-
 func providerStateLabel(s pb.ProviderState) string {
 	return strings.ToLower(strings.TrimPrefix(s.String(), "PROVIDER_STATE_"))
 }

@@ -297,7 +297,7 @@ func (s *supervisor) end(ctx context.Context, a *attempt, exit runtime.Exit) {
 	s.have.phase, s.have.due, s.retries = v.phase, now.Add(v.delay), v.retries
 	s.changeLocked(func(st *pb.InstanceStatus) { ended(st, exit, v, now) })
 	if v.crashed {
-		s.worker.metrics.crashes.WithLabelValues(reasonLabel(exit.Reason)).Inc()
+		s.worker.metrics.crashes.WithLabelValues(exit.Reason.String()).Inc()
 	}
 	s.noteLocked(a, exit, v)
 	s.worker.log.InfoContext(ctx, "an instance ended", "instance", s.id, "generation", s.have.generation,

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strconv"
 	"time"
 )
 
@@ -102,6 +103,30 @@ const (
 	InvalidGuest Reason = 7
 	Internal     Reason = 10
 )
+
+// String returns the reason as metrics and logs spell it: "memory_limit".
+func (r Reason) String() string {
+	switch r {
+	case Completed:
+		return "completed"
+	case ExitCode:
+		return "exit_code"
+	case Trap:
+		return "trap"
+	case MemoryLimit:
+		return "memory_limit"
+	case TimeLimit:
+		return "time_limit"
+	case Stopped:
+		return "stopped"
+	case InvalidGuest:
+		return "invalid_guest"
+	case Internal:
+		return "internal"
+	default:
+		return strconv.Itoa(int(r))
+	}
+}
 
 // Exit is how an instance ended.
 type Exit struct {

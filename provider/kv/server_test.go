@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"github.com/redis/go-redis/v9"
+
+	"github.com/wasmatrix/wasmatrix/provider/providertest"
 )
 
 // patience is how long a test waits for what must come.
@@ -29,21 +31,6 @@ type process struct {
 	address string
 	ready   func(ctx context.Context, address string) error
 	cmd     *exec.Cmd
-}
-
-// program returns the path of a program, or ends the test when there is none.
-func program(t testing.TB, name, pkg string) string {
-	t.Helper()
-	for _, candidate := range []string{name, "/usr/sbin/" + name} {
-		if path, err := exec.LookPath(candidate); err == nil {
-			return path
-		}
-	}
-	if os.Getenv("CI") == "true" {
-		t.Fatalf("%s is not installed: apt-get install %s", name, pkg)
-	}
-	t.Skipf("%s is not installed: apt-get install %s", name, pkg)
-	return ""
 }
 
 func freeAddress(t testing.TB) string {
@@ -127,7 +114,7 @@ func redisServer(t testing.TB, more ...string) *process {
 	dir, address := t.TempDir(), freeAddress(t)
 	_, port, _ := net.SplitHostPort(address)
 	p := &process{
-		t: t, binary: program(t, "redis-server", "redis-server"), address: address, log: filepath.Join(dir, "log"),
+		t: t, binary: providertest.Program(t, "redis-server"), address: address, log: filepath.Join(dir, "log"),
 		args: append([]string{
 			"--bind", "127.0.0.1", "--port", port, "--dir", dir, "--save", "", "--appendonly", "yes", "--appendfsync", "always",
 		}, more...),
@@ -154,7 +141,7 @@ func natsServer(t testing.TB, config ...string) *process {
 		t.Fatal(err)
 	}
 	p := &process{
-		t: t, binary: program(t, "nats-server", "nats-server"), address: address, log: filepath.Join(dir, "log"),
+		t: t, binary: providertest.Program(t, "nats-server"), address: address, log: filepath.Join(dir, "log"),
 		args: []string{"-c", file}, ready: answers("", "INFO "),
 	}
 	p.start()

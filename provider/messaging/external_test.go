@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"os"
 	"os/exec"
 	"sync"
 	"sync/atomic"
@@ -17,6 +16,7 @@ import (
 
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
 	"github.com/wasmatrix/wasmatrix/provider"
+	"github.com/wasmatrix/wasmatrix/provider/providertest"
 )
 
 // natsProcess is a real nats-server with a file store.
@@ -29,30 +29,16 @@ type natsProcess struct {
 
 func startNATS(t *testing.T) *natsProcess {
 	t.Helper()
-	path, err := exec.LookPath("nats-server")
-	if err != nil {
-		if path = "/usr/sbin/nats-server"; !fileExists(path) {
-			if os.Getenv("CI") == "true" {
-				t.Fatal("nats-server is not installed; scripts/setup.sh installs it")
-			}
-			t.Skip("nats-server is not installed")
-		}
-	}
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	p := &natsProcess{t: t, dir: t.TempDir(), address: listener.Addr().String()}
 	_ = listener.Close()
-	p.cmd = exec.Command(path)
+	p.cmd = exec.Command(providertest.Program(t, "nats-server"))
 	p.start()
 	t.Cleanup(p.kill)
 	return p
-}
-
-func fileExists(path string) bool {
-	_, err := os.Stat(path)
-	return err == nil
 }
 
 // start runs the server, again on the same disk after kill.

@@ -81,8 +81,8 @@ func (i *instance) finish() {
 		i.logger.Warn("instance has ended but a capability call or a write of output did not return", "waited", patience)
 	}
 	i.memory.Store(0)
-	i.runtime.metrics.exits.WithLabelValues(reasonLabel(i.state.exit.Reason)).Inc()
-	i.logger.Debug("guest ended", "reason", reasonLabel(i.state.exit.Reason), "message", i.state.exit.Message)
+	i.runtime.metrics.exits.WithLabelValues(i.state.exit.Reason.String()).Inc()
+	i.logger.Debug("guest ended", "reason", i.state.exit.Reason.String(), "message", i.state.exit.Message)
 	close(i.done)
 }
 
@@ -156,25 +156,4 @@ func (i *instance) Close(context.Context) error {
 	i.end(runtime.Exit{Reason: runtime.Stopped, Message: "closed"})
 	<-i.done
 	return nil
-}
-
-func reasonLabel(r runtime.Reason) string {
-	switch r {
-	case runtime.Completed:
-		return "completed"
-	case runtime.ExitCode:
-		return "exit_code"
-	case runtime.Trap:
-		return "trap"
-	case runtime.MemoryLimit:
-		return "memory_limit"
-	case runtime.TimeLimit:
-		return "time_limit"
-	case runtime.Stopped:
-		return "stopped"
-	case runtime.InvalidGuest:
-		return "invalid_guest"
-	default:
-		return "internal"
-	}
 }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"strconv"
 	"time"
 
 	"github.com/wasmatrix/wasmatrix/guestabi"
@@ -53,8 +52,8 @@ func (i *instance) end(exit runtime.Exit) {
 	st.out -= len(idle)
 	last := st.out == 0
 	st.mu.Unlock()
-	i.runtime.metrics.exits.WithLabelValues(reasonLabel(exit.Reason)).Inc()
-	i.logger.Debug("guest ended", "reason", reasonLabel(exit.Reason), "message", exit.Message)
+	i.runtime.metrics.exits.WithLabelValues(exit.Reason.String()).Inc()
+	i.logger.Debug("guest ended", "reason", exit.Reason.String(), "message", exit.Message)
 	if last {
 		i.finish()
 		return
@@ -219,27 +218,4 @@ func (i *instance) Close(context.Context) error {
 	i.state.mu.Unlock()
 	i.finish()
 	return nil
-}
-
-func reasonLabel(r runtime.Reason) string {
-	switch r {
-	case runtime.Completed:
-		return "completed"
-	case runtime.ExitCode:
-		return "exit_code"
-	case runtime.Trap:
-		return "trap"
-	case runtime.MemoryLimit:
-		return "memory_limit"
-	case runtime.TimeLimit:
-		return "time_limit"
-	case runtime.Stopped:
-		return "stopped"
-	case runtime.InvalidGuest:
-		return "invalid_guest"
-	case runtime.Internal:
-		return "internal"
-	default:
-		return strconv.Itoa(int(r))
-	}
 }

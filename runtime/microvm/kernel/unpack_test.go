@@ -14,11 +14,14 @@ import (
 // this machine has one.
 func TestUnpackTheKernelOfThisMachine(t *testing.T) {
 	k, err := kernel.Find(kernel.Options{})
-	if err != nil {
-		t.Skip(err)
+	var image []byte
+	if err == nil {
+		image, err = os.ReadFile(k.Image)
 	}
-	image, err := os.ReadFile(k.Image)
-	if err != nil {
+	switch {
+	case err != nil && os.Getenv("CI") == "true":
+		t.Fatal(err)
+	case err != nil:
 		t.Skip(err)
 	}
 	unpacked := kernel.Unpack(image)
