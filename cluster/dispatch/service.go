@@ -104,20 +104,8 @@ func (d *Dispatcher) Heartbeat(ctx context.Context, req *pb.HeartbeatRequest) (*
 
 // ReportStatus implements AgentSessionService.
 func (d *Dispatcher) ReportStatus(ctx context.Context, req *pb.ReportStatusRequest) (*pb.ReportStatusResponse, error) {
-	t, err := d.term()
+	t, view, err := d.heard(ctx, holder{req.GetNodeId(), req.GetEpoch()})
 	if err != nil {
-		return nil, err
-	}
-	if err := authorize(ctx, req.GetNodeId()); err != nil {
-		return nil, err
-	}
-	view, err := t.view(ctx)
-	if err != nil {
-		return nil, err
-	}
-	// The registry checks again at its place in the log; this spares the log the
-	// reports of a node that is known to be stale.
-	if err := checkEpoch(view, holder{req.GetNodeId(), req.GetEpoch()}); err != nil {
 		return nil, err
 	}
 	if len(req.GetInstances()) == 0 && len(req.GetProviders()) == 0 && len(req.GetDenials()) == 0 {
@@ -144,18 +132,8 @@ func (d *Dispatcher) ReportStatus(ctx context.Context, req *pb.ReportStatusReque
 // may ask again: the second time changes nothing, and says that the subscription
 // existed.
 func (d *Dispatcher) RecordSubscription(ctx context.Context, req *pb.RecordSubscriptionRequest) (*pb.RecordSubscriptionResponse, error) {
-	t, err := d.term()
+	t, view, err := d.heard(ctx, holder{req.GetNodeId(), req.GetEpoch()})
 	if err != nil {
-		return nil, err
-	}
-	if err := authorize(ctx, req.GetNodeId()); err != nil {
-		return nil, err
-	}
-	view, err := t.view(ctx)
-	if err != nil {
-		return nil, err
-	}
-	if err := checkEpoch(view, holder{req.GetNodeId(), req.GetEpoch()}); err != nil {
 		return nil, err
 	}
 	if _, ok := view.Instance(req.GetInstanceId()); !ok {
@@ -233,6 +211,24 @@ func (t *term) stream(ctx context.Context, h holder, send func(*pb.WatchAssignme
 		}
 		t.metrics.wakes.Inc()
 	}
+}
+
+// heard lets a node tell something in its living epoch. The registry checks that
+// again at its place in the log; this spares the log what a node says that is known
+// to be stale.
+func (d *Dispatcher) heard(ctx context.Context, h holder) (*term, fsm.View, error) {
+	t, err := d.term()
+	if err != nil {
+		return nil, fsm.View{}, err
+	}
+	if err := authorize(ctx, h.node); err != nil {
+		return nil, fsm.View{}, err
+	}
+	view, err := t.view(ctx)
+	if err != nil {
+		return nil, fsm.View{}, err
+	}
+	return t, view, checkEpoch(view, h)
 }
 
 // checkEpoch refuses an epoch that is not the node's living one.

@@ -68,8 +68,8 @@ func run(stop <-chan os.Signal, address string, delay, grace time.Duration) erro
 // drain stops without losing a call: first no new ones come, then those under way
 // finish. Only what is left after the grace is cut off.
 func drain(server *grpc.Server, state *health.Server, grace time.Duration) {
-	state.Shutdown() // NOT_SERVING: wasmatrix makes no new calls
-	time.Sleep(200 * time.Millisecond)
+	state.Shutdown()                   // NOT_SERVING: wasmatrix makes no new calls
+	time.Sleep(200 * time.Millisecond) // until every node has heard that
 	timer := time.AfterFunc(grace, server.Stop)
 	defer timer.Stop()
 	server.GracefulStop()
