@@ -14,6 +14,8 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/hashicorp/raft"
+
 	"github.com/wasmatrix/wasmatrix/apierror"
 	"github.com/wasmatrix/wasmatrix/cluster/raftfile"
 	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
@@ -181,16 +183,24 @@ func diskFree(dir string) (free, total uint64, err error) {
 // refuseWhenFull returns why a write cannot be taken, or nil. What the leader's
 // own duties write is little, and the cluster depends on it.
 func (p *Peer) refuseWhenFull(cmd *pb.Command) error {
-	space := p.disk.space.Load()
-	if space == nil || !space.full.Load() || isDuty(cmd.GetActor()) {
+	if !p.hasFullDisk() || isDuty(cmd.GetActor()) {
 		return nil
 	}
-	return p.diskFull(space)
+	return p.diskFull("the leader")
 }
 
-func (p *Peer) diskFull(space *diskSpace) error {
+// hasFullDisk reports whether the disk of this peer has no room for a log.
+func (p *Peer) hasFullDisk() bool {
+	space := p.disk.space.Load()
+	return space != nil && space.full.Load()
+}
+
+// diskFull says that nothing was done because the disk of this peer is full, and
+// what the peer is for the call. Only a peer that looks after its space may say so.
+func (p *Peer) diskFull(as string) *apierror.Error {
+	space := p.disk.space.Load()
 	return apierror.New(pb.ErrorCode_ERROR_CODE_RESOURCE_EXHAUSTED,
-		"the disk of the leader %s is full: %d MiB are free in %s, %d MiB are kept for the cluster's own records", p.cfg.ID, space.left.Load()>>20, space.dir, space.low>>20).
+		"the disk of %s %s is full: %d MiB are free in %s, %d MiB are kept for the cluster's own records", as, p.cfg.ID, space.left.Load()>>20, space.dir, space.low>>20).
 		With(DetailOutcome, OutcomeFailed).With("peer", p.cfg.ID).With("dir", space.dir).
 		Next("free space on the machine of %s; writes go on by themselves then", p.cfg.ID)
 }
@@ -206,7 +216,59 @@ func foundNoRoom(err error) bool {
 	return isFull(err) || err != nil && strings.Contains(err.Error(), raftfile.ErrFull.Error())
 }
 
-// diskDuty offers leadership to others while the leader's own disk is full.
+// isElectedInVain reports whether this peer was elected and cannot serve before
+// its disk has room.
+func (p *Peer) isElectedInVain() bool {
+	r := p.raft.Load()
+	return r != nil && r.State() == raft.Leader && !p.role.leads.Load() && p.hasFullDisk()
+}
+
+// toldFull reports whether gossip says that the disk of a peer is full.
+func (p *Peer) toldFull(id string) bool {
+	m, ok := p.member(id)
+	return ok && m.Metadata.GetDiskFull()
+}
+
+// errNoRoomToLead ends a leadership that others can take.
+var errNoRoomToLead = errors.New("the disk of this peer is full, others have room")
+
+// othersHaveRoom reports whether the cluster could write without this peer, as far as gossip knows.
+func (p *Peer) othersHaveRoom() bool {
+	voters, room := 0, 0
+	for _, s := range p.servers() {
+		if s.Suffrage != raft.Voter {
+			continue
+		}
+		voters++
+		if id := string(s.ID); id != p.cfg.ID && p.isAlive(id) && !p.toldFull(id) {
+			room++
+		}
+	}
+	return room > voters/2
+}
+
+// commitEarlier waits until everything that was committed before this peer led is
+// applied here. With a full disk that may take for ever: it fails when others have room.
+func (p *Peer) commitEarlier(ctx context.Context, r *raft.Raft) error {
+	limited, giveUp := context.WithCancelCause(ctx)
+	defer giveUp(nil)
+	go func() {
+		for pause(limited, offerAgain, nil) {
+			if p.hasFullDisk() && p.othersHaveRoom() {
+				giveUp(errNoRoomToLead)
+			}
+		}
+	}()
+	err := p.flights.await(limited, r.Barrier(enqueueLimit))
+	if ctx.Err() == nil && limited.Err() != nil {
+		err = context.Cause(limited)
+	}
+	return err
+}
+
+// diskDuty offers leadership to others while the leader's own disk is full. It
+// fails when nobody could take it and others have room: what this peer has not
+// written yet keeps it from telling them that they are up to date.
 func (p *Peer) diskDuty(ctx context.Context) error {
 	space, r := p.disk.space.Load(), p.raft.Load()
 	if space == nil || r == nil {
@@ -216,9 +278,14 @@ func (p *Peer) diskDuty(ctx context.Context) error {
 	for {
 		if full := space.full.Load(); !full {
 			told = false
-		} else if err := p.handOver(ctx, r); err != nil && ctx.Err() == nil && !told {
-			p.log.Warn("leadership stays on a full disk for now", "error", err, "again_in", offerAgain)
-			told = true
+		} else if err := p.handOver(ctx, r); err != nil && ctx.Err() == nil {
+			if p.othersHaveRoom() {
+				return errors.Join(errNoRoomToLead, err)
+			}
+			if !told {
+				p.log.Warn("leadership stays on a full disk for now", "error", err, "again_in", offerAgain)
+				told = true
+			}
 		}
 		if !pause(ctx, offerAgain, space.changed) {
 			return nil

@@ -49,7 +49,7 @@ func (p *Peer) watchDisk(g *guard) *diskWatch {
 		if space := p.disk.space.Load(); space != nil {
 			space.setFull(true)
 		}
-		p.disk.candidacy.setFull(true)
+		p.tellFull(true)
 	}
 	g.stand = func() error {
 		var leaderless time.Duration
@@ -59,6 +59,13 @@ func (p *Peer) watchDisk(g *guard) *diskWatch {
 		return p.disk.candidacy.check(time.Now(), leaderless)
 	}
 	return watch
+}
+
+// tellFull takes in whether the disk is full: what waits for this peer to lead wants to know.
+func (p *Peer) tellFull(full bool) {
+	if p.disk.candidacy.setFull(full) {
+		p.changed.notify()
+	}
 }
 
 // startRaft starts Raft. hashicorp/raft panics when it cannot write its term or read the log.

@@ -206,10 +206,12 @@ func (c *candidacy) slowWrite(now time.Time) {
 	c.last, c.until = now, now.Add(c.ban)
 }
 
-func (c *candidacy) setFull(full bool) {
+// setFull takes in whether the disk is full, and reports whether that is news.
+func (c *candidacy) setFull(full bool) (news bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.full = full
+	news, c.full = c.full != full, full
+	return news
 }
 
 // check returns why this peer should not stand, given since when there is no leader.

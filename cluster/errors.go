@@ -26,7 +26,8 @@ const (
 	DetailLeaderAddress = "leader_api_address"
 )
 
-// noLeader says that this peer does not lead and nothing was done.
+// noLeader says that this peer does not lead, or cannot, and nothing was done:
+// NO_LEADER, or RESOURCE_EXHAUSTED when its disk is full and nobody else leads.
 func (p *Peer) noLeader() *apierror.Error {
 	const code = pb.ErrorCode_ERROR_CODE_NO_LEADER
 	var e *apierror.Error
@@ -41,6 +42,9 @@ func (p *Peer) noLeader() *apierror.Error {
 		e = apierror.New(code, "peer %s is not part of the cluster any more", p.cfg.ID).
 			With("removed", "true").
 			Next("ask another peer; %s", p.backIn())
+	case (id == p.cfg.ID || id == "") && p.hasFullDisk():
+		// Elected or not, this is what the operator must know.
+		e = p.diskFull("peer")
 	case id == p.cfg.ID:
 		e = apierror.New(code, "peer %s was elected a moment ago and does not serve yet", p.cfg.ID).Next("repeat the call")
 	case id != "":
@@ -97,7 +101,7 @@ func (p *Peer) raftError(err error) error {
 	case errors.Is(err, raft.ErrLeadershipLost), errors.Is(err, raft.ErrRaftShutdown):
 		return unknown(code, "leadership was lost during the call")
 	case foundNoRoom(err) && p.disk.space.Load() != nil:
-		return p.diskFull(p.disk.space.Load())
+		return p.diskFull("the leader")
 	default:
 		return unknown(code, "the leader could not write its log: "+err.Error())
 	}

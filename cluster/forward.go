@@ -51,7 +51,7 @@ func (p *Peer) waitLeaderConn(ctx context.Context) (grpc.ClientConnInterface, er
 	for {
 		changed := p.changed.wait()
 		conn, err := p.LeaderConn(ctx)
-		if err == nil || p.role.closing.Load() || p.role.outside.Load() || p.disk.hanging.Load() > 0 {
+		if err == nil || p.role.closing.Load() || p.role.outside.Load() || p.disk.hanging.Load() > 0 || p.isElectedInVain() {
 			return conn, err
 		}
 		select {
@@ -99,7 +99,7 @@ func (p *Peer) waitReign(ctx context.Context) bool {
 		switch {
 		case p.IsLeader():
 			return true
-		case r == nil || r.State() != raft.Leader || p.role.closing.Load() || !pause(ctx, time.Hour, changed):
+		case r == nil || r.State() != raft.Leader || p.role.closing.Load() || p.isElectedInVain() || !pause(ctx, time.Hour, changed):
 			return false
 		}
 	}

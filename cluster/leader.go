@@ -9,6 +9,8 @@ import (
 
 	"github.com/hashicorp/raft"
 	"golang.org/x/sync/errgroup"
+
+	pb "github.com/wasmatrix/wasmatrix/proto/wasmatrix/v1"
 )
 
 // dutyRetry is the pause after a failure of a leader that cannot be replaced.
@@ -73,7 +75,7 @@ func (p *Peer) reign(ctx context.Context, n *node) (again bool) {
 // rule makes this peer serve as the leader and runs the duties. It returns nil
 // when leadership or ctx ended, or when all duties are done.
 func (p *Peer) rule(ctx context.Context, r *raft.Raft) error {
-	if err := p.flights.await(ctx, r.Barrier(enqueueLimit)); err != nil {
+	if err := p.commitEarlier(ctx, r); err != nil {
 		if ctx.Err() != nil || errors.Is(err, raft.ErrLeadershipLost) || errors.Is(err, raft.ErrNotLeader) || errors.Is(err, raft.ErrRaftShutdown) {
 			return nil
 		}
@@ -130,7 +132,7 @@ func (p *Peer) awaitLoss(ctx context.Context, n *node, limit time.Duration) (aga
 }
 
 // handOver gives leadership to another voter, the most up-to-date one unless it
-// might be one that is dead.
+// might be one that is dead, or has a full disk.
 func (p *Peer) handOver(ctx context.Context, r *raft.Raft) error {
 	var live []raft.Server
 	all := true
@@ -139,7 +141,7 @@ func (p *Peer) handOver(ctx context.Context, r *raft.Raft) error {
 		if id == p.cfg.ID || s.Suffrage != raft.Voter {
 			continue
 		}
-		if p.isAlive(id) && !p.role.contacts.isLost(id) {
+		if p.isAlive(id) && !p.role.contacts.isLost(id) && !p.toldFull(id) {
 			live = append(live, s)
 		} else {
 			all = false
@@ -147,7 +149,7 @@ func (p *Peer) handOver(ctx context.Context, r *raft.Raft) error {
 	}
 	switch {
 	case len(live) == 0:
-		return errors.New("no other voter is alive")
+		return errors.New("no other voter is alive and has room on its disk")
 	case all:
 		return p.flights.await(ctx, r.LeadershipTransfer())
 	default:
@@ -205,7 +207,8 @@ func (c *contacts) isLost(id string) bool {
 }
 
 // observe follows what Raft tells about itself, until ctx ends.
-func (p *Peer) observe(ctx context.Context, r *raft.Raft) {
+func (p *Peer) observe(ctx context.Context, n *node) {
+	r := n.raft
 	seen := make(chan raft.Observation, 256)
 	observer := raft.NewObserver(seen, false, func(o *raft.Observation) bool {
 		switch o.Data.(type) {
@@ -224,6 +227,7 @@ func (p *Peer) observe(ctx context.Context, r *raft.Raft) {
 			return
 		case o := <-seen:
 			p.note(o)
+			n.logs.wake()
 		}
 	}
 }
@@ -260,6 +264,6 @@ func (p *Peer) noteLeader(r *raft.Raft, last string) string {
 	}
 	p.role.leaderless.Store(0)
 	p.role.outside.Store(false)
-	p.announce()
+	p.announce(func(meta *pb.PeerMetadata) { meta.Bootstrapped = true })
 	return leader
 }

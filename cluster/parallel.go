@@ -1,6 +1,7 @@
 package cluster
 
 import (
+	"errors"
 	goruntime "runtime"
 	"slices"
 	"sync"
@@ -136,9 +137,16 @@ func (p *parallelLogs) write() {
 	p.changed.Broadcast()
 }
 
+// errDeposed answers for a leader that leads no more.
+var errDeposed = errors.New("this peer does not lead in that term any more")
+
 // synced waits until all entries that were given before are on disk. It fails
 // when they never will be.
-func (p *parallelLogs) synced() error {
+func (p *parallelLogs) synced() error { return p.syncedWhile(always) }
+
+// syncedWhile is synced, but fails with errDeposed when leads returns false
+// meanwhile; wake has it look.
+func (p *parallelLogs) syncedWhile(leads func() bool) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if len(p.unsynced) == 0 || plant.On(plant.UnsyncedAcknowledgement) {
@@ -146,9 +154,19 @@ func (p *parallelLogs) synced() error {
 	}
 	last := p.unsynced[len(p.unsynced)-1].Index
 	for p.failure == nil && len(p.unsynced) > 0 && p.unsynced[0].Index <= last {
+		if !leads() {
+			return errDeposed
+		}
 		p.changed.Wait()
 	}
 	return p.failure
+}
+
+// wake tells those who wait that this peer may have stopped leading.
+func (p *parallelLogs) wake() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.changed.Broadcast()
 }
 
 // GetLog reads an entry.

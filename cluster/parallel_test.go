@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -151,7 +152,6 @@ func TestFullDiskIsWaitedFor(t *testing.T) {
 	})
 }
 
-// inMemory gives a peer stores in memory, with a gate before its log.
 // hashicorp/raft does not take back what it believes to be its last entry when it
 // has cleared the end of its log and then cannot store what belongs there.
 func TestAClearedEndOfTheLogIsFilledOrRaftEnds(t *testing.T) {
@@ -202,6 +202,7 @@ func TestAClearedEndOfTheLogIsFilledOrRaftEnds(t *testing.T) {
 	})
 }
 
+// inMemory gives a peer stores in memory, with a gate before its log.
 func inMemory(disk *gatedLogs) func(*Config) {
 	return func(c *Config) {
 		c.Seams.Logs, c.Seams.Stable, c.Seams.SnapshotStore = disk, raft.NewInmemStore(), raft.NewInmemSnapshotStore()
@@ -266,6 +267,52 @@ func TestFollowersHearOfCommitsAtOnce(t *testing.T) {
 	}
 }
 
+// TestADeposedLeaderLetsItsFollowersGo: its disk is full, so that the last entries
+// it sent are not on it, and the goroutines of hashicorp/raft that wait for them go
+// on with their heartbeats.
+func TestADeposedLeaderLetsItsFollowersGo(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		_, inner := raft.NewInmemTransport("n1")
+		wire := &sentMessages{LoopbackTransport: inner}
+		g, err := newGuard(wire, &atomic.Bool{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		disk := newGatedLogs()
+		logs := newParallelLogs(disk, func() bool { return true }, nil)
+		var term atomic.Uint64
+		term.Store(3)
+		g.syncedWhile, g.leadsIn = logs.syncedWhile, func(t uint64) bool { return t == term.Load() }
+		disk.errs = slices.Repeat([]error{syscall.ENOSPC}, 10)
+		if err := logs.StoreLogs(entriesFrom(1, 1)); err != nil {
+			t.Fatal(err)
+		}
+		answered := make(chan error, 1)
+		go func() {
+			var resp raft.AppendEntriesResponse
+			answered <- g.AppendEntries("n2", "n2", &raft.AppendEntriesRequest{Term: 3, Entries: entriesFrom(1, 1)}, &resp)
+		}()
+		beat := func() error {
+			return g.AppendEntries("n2", "n2", &raft.AppendEntriesRequest{Term: 3}, &raft.AppendEntriesResponse{})
+		}
+		synctest.Wait()
+		if err := beat(); err != nil || len(answered) > 0 || len(wire.sent) != 2 {
+			t.Fatalf("while it leads: %d messages, %d answers, %v", len(wire.sent), len(answered), err)
+		}
+		term.Store(4) // it was elected again
+		logs.wake()
+		if err := <-answered; !errors.Is(err, errDeposed) {
+			t.Errorf("the entries: %v", err)
+		}
+		if err := beat(); !errors.Is(err, errDeposed) || len(wire.sent) != 2 {
+			t.Errorf("a heartbeat of the term before: %v, %d messages", err, len(wire.sent))
+		}
+		if err := logs.synced(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 // sentMessages is a transport that keeps what is sent and acknowledges it.
 type sentMessages struct {
 	raft.LoopbackTransport
@@ -285,7 +332,10 @@ func TestHeraldTellsWhatIsCommittedOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		_, inner := raft.NewInmemTransport("n1")
 		wire := &sentMessages{LoopbackTransport: inner}
-		g := &guard{hop: hop{Transport: wire}, synced: func() error { return nil }}
+		g, err := newGuard(wire, &atomic.Bool{})
+		if err != nil {
+			t.Fatal(err)
+		}
 		var committed, last atomic.Uint64
 		committed.Store(6)
 		last.Store(7)
@@ -297,7 +347,7 @@ func TestHeraldTellsWhatIsCommittedOnce(t *testing.T) {
 		done := make(chan struct{})
 		go func() { defer close(done); h.run(ctx, func() <-chan struct{} { return applied }) }()
 		var resp raft.AppendEntriesResponse
-		err := h.AppendEntries("n2", "n2", &raft.AppendEntriesRequest{Term: 3, PrevLogEntry: 5, PrevLogTerm: 2, LeaderCommitIndex: 5, Entries: []*raft.Log{{Index: 6, Term: 2}, {Index: 7, Term: 3}}}, &resp)
+		err = h.AppendEntries("n2", "n2", &raft.AppendEntriesRequest{Term: 3, PrevLogEntry: 5, PrevLogTerm: 2, LeaderCommitIndex: 5, Entries: []*raft.Log{{Index: 6, Term: 2}, {Index: 7, Term: 3}}}, &resp)
 		if err != nil {
 			t.Fatal(err)
 		}

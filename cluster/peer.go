@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -49,6 +50,8 @@ type Peer struct {
 	fatal   chan error
 	// incarnation tells the cluster from others of its name.
 	incarnation incarnation
+	// announcing is held while this peer changes what it tells the gossip.
+	announcing sync.Mutex
 }
 
 // memberSource lets an interface be stored atomically.
@@ -152,7 +155,13 @@ func (p *Peer) Run(ctx context.Context) (err error) {
 	base.Go(func() error { n.vigil.run(bctx); return nil })
 	base.Go(func() error { n.guard.run(bctx); return nil })
 	if n.storage.space != nil {
-		base.Go(func() error { n.storage.space.run(bctx, p.IsLeader, p.disk.candidacy.setFull); return nil })
+		base.Go(func() error {
+			n.storage.space.run(bctx, p.IsLeader, func(full bool) {
+				p.tellFull(full)
+				p.announce(func(meta *pb.PeerMetadata) { meta.DiskFull = full })
+			})
+			return nil
+		})
 	}
 	base.Go(func() error { return p.runGossip(bctx) })
 	err = p.serve(ctx, bctx, n)
@@ -217,7 +226,7 @@ func (p *Peer) open() (_ *node, err error) {
 		return nil, err
 	}
 	n.logs = newParallelLogs(&sealedLogs{LogStore: n.storage.logs, damaged: p.fail}, p.leadsOthers, p.fail)
-	n.guard.synced, n.guard.beat = n.logs.synced, p.beat
+	n.guard.syncedWhile, n.guard.leadsIn, n.guard.beat = n.logs.syncedWhile, p.leadsIn, p.beat
 	n.herald = newHerald(n.guard, p.commitIndex, p.lastIndex, p.leadsIn)
 	logs, err := raft.NewLogCache(logCacheEntries, n.logs)
 	if err != nil {
@@ -286,7 +295,7 @@ func (p *Peer) serve(ctx, base context.Context, n *node) error {
 			return err
 		}
 	})
-	group.Go(func() error { p.observe(gctx, n.raft); return nil })
+	group.Go(func() error { p.observe(gctx, n); return nil })
 	group.Go(func() error { n.herald.run(gctx, p.appliedNext); return nil })
 	group.Go(func() error { n.vigil.watch(gctx, n.raft); return nil })
 	group.Go(func() error { p.lead(gctx, n); return nil })
@@ -357,7 +366,7 @@ func (p *Peer) lastIndex() uint64 { return p.raft.Load().LastIndex() }
 // grow, so a leader whose term is that one, read after it was seen to lead, leads in it.
 func (p *Peer) leadsIn(term uint64) bool {
 	r := p.raft.Load()
-	return r.State() == raft.Leader && r.CurrentTerm() == term
+	return r != nil && r.State() == raft.Leader && r.CurrentTerm() == term
 }
 
 // appliedNext returns a channel that is closed when something more has been applied.
@@ -391,14 +400,18 @@ func (p *Peer) fail(err error) {
 	}
 }
 
-// announce tells the gossip that this peer has a history now.
-func (p *Peer) announce() {
+// announce changes what this peer tells the gossip about itself, if it changes anything.
+func (p *Peer) announce(change func(*pb.PeerMetadata)) {
+	p.announcing.Lock()
+	defer p.announcing.Unlock()
 	m, ok := p.member(p.cfg.ID)
-	if !ok || m.Metadata.GetBootstrapped() {
+	if !ok {
 		return
 	}
 	meta := proto.CloneOf(m.Metadata)
-	meta.Bootstrapped = true
+	if change(meta); proto.Equal(meta, m.Metadata) {
+		return
+	}
 	if err := p.members.Load().Update(meta); err != nil {
 		p.log.Warn("tell the gossip about this peer", "error", err)
 	}

@@ -29,9 +29,11 @@ type guard struct {
 	hop
 	mayVote *atomic.Bool
 	seals   atomic.Int32
-	// synced waits until this peer has on disk all entries that it has counted,
+	// syncedWhile waits until this peer has on disk all entries that it has counted,
 	// sent or acknowledged; see parallelLogs. Set it before Raft starts.
-	synced func() error
+	syncedWhile func(leads func() bool) error
+	// leadsIn reports whether this peer leads in a term. Set it before Raft starts.
+	leadsIn func(term uint64) bool
 	// stand returns why this peer should not be elected now, or nil. Set it before Raft starts.
 	stand func() error
 	// beat is told of each heartbeat whether it got through. Set it before Raft starts.
@@ -40,8 +42,11 @@ type guard struct {
 
 func newGuard(inner raft.Transport, mayVote *atomic.Bool) (*guard, error) {
 	h, err := newHop(inner)
-	nothing := func() error { return nil }
-	return &guard{hop: h, mayVote: mayVote, synced: nothing, stand: nothing, beat: func(raft.ServerID, bool) {}}, err
+	return &guard{
+		hop: h, mayVote: mayVote,
+		syncedWhile: func(func() bool) error { return nil }, leadsIn: func(uint64) bool { return true },
+		stand: func() error { return nil }, beat: func(raft.ServerID, bool) {},
+	}, err
 }
 
 // run passes incoming messages to Raft until ctx ends.
@@ -67,7 +72,7 @@ func (g *guard) held(ctx context.Context, rpc raft.RPC) raft.RPC {
 		select {
 		case <-ctx.Done():
 		case a := <-answers:
-			if err := g.synced(); err != nil {
+			if err := g.syncedWhile(always); err != nil {
 				a.Error = err
 			}
 			answer <- a
@@ -75,6 +80,8 @@ func (g *guard) held(ctx context.Context, rpc raft.RPC) raft.RPC {
 	}()
 	return rpc
 }
+
+func always() bool { return true }
 
 func (g *guard) refuses(command any) bool {
 	switch command.(type) {
@@ -107,9 +114,17 @@ func (g *guard) AppendEntriesPipeline(raft.ServerID, raft.ServerAddress) (raft.A
 // AppendEntries sends entries, or a heartbeat. While the disk hangs it sends
 // nothing, and what was answered meanwhile does not count either. The answer to
 // entries counts once this peer has them on disk itself.
+//
+// hashicorp/raft sends the heartbeats of a leader that was deposed until the last
+// AppendEntries has returned. Followers in the same term would take them for those
+// of a leader and never stand: so they are not sent, and nothing waits any more.
 func (g *guard) AppendEntries(id raft.ServerID, target raft.ServerAddress, args *raft.AppendEntriesRequest, resp *raft.AppendEntriesResponse) error {
 	if err := g.check(); err != nil {
 		return err
+	}
+	leads := func() bool { return g.leadsIn(args.Term) }
+	if !leads() {
+		return errDeposed
 	}
 	err := g.Transport.AppendEntries(id, target, args, resp)
 	if isHeartbeat(args) {
@@ -119,7 +134,7 @@ func (g *guard) AppendEntries(id raft.ServerID, target raft.ServerAddress, args 
 		return err
 	}
 	if len(args.Entries) > 0 {
-		if err := g.synced(); err != nil {
+		if err := g.syncedWhile(leads); err != nil {
 			return err
 		}
 	}

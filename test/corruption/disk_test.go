@@ -436,3 +436,87 @@ func TestFullDisks(t *testing.T) {
 		t.Errorf("%d acknowledged writes are gone", n)
 	}
 }
+
+// TestElectedWithAFullDisk has a peer elected that has no room to lead: it says why
+// nothing is written, and it does not stay in the way of those that have room.
+func TestElectedWithAFullDisk(t *testing.T) {
+	disks := map[string]string{}
+	for _, n := range []string{"n1", "n2", "n3"} {
+		disks[n] = harness.Tmpfs(t, 64<<20)
+	}
+	p := startPeers(t, 3, func(_ int, cfg *node.Config) { cfg.DataDir = filepath.Join(disks[cfg.Node.Name], "data") })
+	p.mustWrite(5)
+	frees := map[string]func(){}
+	for name, dir := range disks {
+		frees[name] = fill(t, dir, 0)
+	}
+	old := p.Leader()
+	var left []*dev.Node
+	for _, n := range p.Nodes() {
+		if n != old {
+			left = append(left, n)
+		}
+	}
+	if err := old.KillPeer(); err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range left {
+		c, err := harness.ClientOf(p.Cluster.Cluster, n)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		err = harness.Until(p.Context(time.Minute), n.Name()+" to refuse a write", func(ctx context.Context) error {
+			ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+			defer cancel()
+			err := p.write(ctx, c)
+			if err == nil {
+				return errors.New("the files have room inside")
+			}
+			if apierror.CodeOf(err) != pb.ErrorCode_ERROR_CODE_RESOURCE_EXHAUSTED || !strings.Contains(err.Error(), "is full") {
+				return fmt.Errorf("it came to %w", err)
+			}
+			t.Logf("%s: %v", n.Name(), err)
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	var full *dev.Node
+	err := harness.Until(p.Context(time.Minute), "a leader that has no room", func(context.Context) error {
+		status, err := p.status(left[0])
+		for _, n := range left {
+			if err == nil && n.Name() == status.LeaderId {
+				full = n
+				return nil
+			}
+		}
+		return errors.Join(err, errors.New("there is none"))
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range p.Nodes() {
+		if n != full {
+			frees[n.Name()]()
+		}
+	}
+	p.start(old)
+	began := time.Now()
+	err = harness.Until(p.Context(time.Minute), "writes to go on", func(ctx context.Context) error {
+		ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+		defer cancel()
+		return p.write(ctx, p.Client)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("%s led on a full disk; writes went on %s after the others had room", full.Name(), time.Since(began).Round(time.Millisecond))
+	frees[full.Name()]()
+	p.mustWrite(5)
+	p.caughtUp(full)
+	if n := p.missing(); n > 0 {
+		t.Errorf("%d acknowledged writes are gone", n)
+	}
+}

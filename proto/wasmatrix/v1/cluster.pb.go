@@ -1280,7 +1280,9 @@ type PeerMetadata struct {
 	// True once the peer has Raft state: it must not take part in a new bootstrap.
 	Bootstrapped bool `protobuf:"varint,6,opt,name=bootstrapped,proto3" json:"bootstrapped,omitempty"`
 	// The version of its binary.
-	Version       string `protobuf:"bytes,7,opt,name=version,proto3" json:"version,omitempty"`
+	Version string `protobuf:"bytes,7,opt,name=version,proto3" json:"version,omitempty"`
+	// True while its disk has no room for the log: it should not lead then.
+	DiskFull      bool `protobuf:"varint,8,opt,name=disk_full,json=diskFull,proto3" json:"disk_full,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1362,6 +1364,13 @@ func (x *PeerMetadata) GetVersion() string {
 		return x.Version
 	}
 	return ""
+}
+
+func (x *PeerMetadata) GetDiskFull() bool {
+	if x != nil {
+		return x.DiskFull
+	}
+	return false
 }
 
 // StateHashRequest asks for the hashes of a peer's state.
@@ -1631,7 +1640,7 @@ const file_wasmatrix_v1_cluster_proto_rawDesc = "" +
 	"\x11ReadModuleRequest\x124\n" +
 	"\x06digest\x18\x01 \x01(\tB\x1c\xbaH\x19r\x172\x15^sha256:[0-9a-f]{64}$R\x06digest\"*\n" +
 	"\x12ReadModuleResponse\x12\x14\n" +
-	"\x05chunk\x18\x01 \x01(\fR\x05chunk\"\xee\x01\n" +
+	"\x05chunk\x18\x01 \x01(\fR\x05chunk\"\x8b\x02\n" +
 	"\fPeerMetadata\x12\x18\n" +
 	"\acluster\x18\x01 \x01(\tR\acluster\x12\x17\n" +
 	"\apeer_id\x18\x02 \x01(\tR\x06peerId\x12!\n" +
@@ -1640,7 +1649,8 @@ const file_wasmatrix_v1_cluster_proto_rawDesc = "" +
 	"apiAddress\x12)\n" +
 	"\x10bootstrap_expect\x18\x05 \x01(\rR\x0fbootstrapExpect\x12\"\n" +
 	"\fbootstrapped\x18\x06 \x01(\bR\fbootstrapped\x12\x18\n" +
-	"\aversion\x18\a \x01(\tR\aversion\"6\n" +
+	"\aversion\x18\a \x01(\tR\aversion\x12\x1b\n" +
+	"\tdisk_full\x18\b \x01(\bR\bdiskFull\"6\n" +
 	"\x10StateHashRequest\x12\"\n" +
 	"\aindexes\x18\x01 \x03(\x04B\b\xbaH\x05\x92\x01\x02\x10@R\aindexes\"5\n" +
 	"\tIndexHash\x12\x14\n" +
