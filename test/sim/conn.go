@@ -42,11 +42,12 @@ func (c *conn) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
-// Close ends both directions: what was written before still arrives.
+// Close ends both directions: what was written before still arrives. The other
+// end can write until it hears of it.
 func (c *conn) Close() error {
 	c.once.Do(func() {
 		_ = c.out.write(nil)
-		c.in.breakOff(net.ErrClosed)
+		c.in.abandon()
 	})
 	return nil
 }

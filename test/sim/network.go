@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"net"
 	"sync"
 	"time"
 )
@@ -243,6 +244,7 @@ type pipe struct {
 	last     time.Time
 	ready    []byte
 	ended    bool
+	deaf     bool // nobody reads any more
 	broken   error
 	deadline time.Time
 	alarm    *time.Timer
@@ -269,7 +271,7 @@ func (p *pipe) write(data []byte) error {
 	p.net.mu.Unlock()
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.broken != nil {
+	if p.broken != nil || p.deaf {
 		return p.broken
 	}
 	at := time.Now().Add(d)
@@ -312,6 +314,8 @@ func (p *pipe) read(into []byte) (int, error) {
 		switch {
 		case p.broken != nil:
 			return 0, p.broken
+		case p.deaf:
+			return 0, net.ErrClosed
 		case len(p.ready) > 0:
 			k := copy(into, p.ready)
 			if p.ready = p.ready[k:]; len(p.ready) == 0 {
@@ -343,14 +347,25 @@ func (p *pipe) setDeadline(t time.Time) {
 
 // breakOff ends the pipe at once for both sides.
 func (p *pipe) breakOff(err error) {
+	p.stop(func() {
+		if p.broken == nil {
+			p.broken = err
+		}
+	})
+}
+
+// abandon ends the pipe for its reader. What is written is lost, and its writer
+// does not know: a write that fails while reads go on waiting is what no network
+// does, and gRPC tries again without a pause then.
+func (p *pipe) abandon() { p.stop(func() { p.deaf = true }) }
+
+func (p *pipe) stop(mark func()) {
 	p.net.mu.Lock()
 	delete(p.net.pipes, p)
 	p.net.mu.Unlock()
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.broken == nil {
-		p.broken = err
-	}
+	mark()
 	if p.alarm != nil {
 		p.alarm.Stop()
 	}
