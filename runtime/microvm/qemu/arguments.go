@@ -67,13 +67,16 @@ func (c Config) accelerator() string {
 	return "tcg,tb-size=64"
 }
 
-// processor is the model that the machine sees. Under TCG, QEMU 7.2 crashes now
-// and then in the kernel's use of cmpxchg16b.
+// processor is the model that the machine sees. Under TCG it is an old one that has
+// what wazero's compiler needs (SSE4.1): the kernel patches itself for each feature
+// at the boot, and each clone translates more code to use it. RDRAND seeds the
+// kernel's random numbers. QEMU 7.2 crashes now and then in the kernel's use of
+// cmpxchg16b.
 func (c Config) processor() string {
 	if c.Accelerator == KVM {
 		return "host"
 	}
-	return "max,-cx16"
+	return "Nehalem-v1,-cx16,+rdrand"
 }
 
 // commandLine is the kernel's. Two processors for Go on the machine's one keep its
