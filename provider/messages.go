@@ -31,7 +31,7 @@ type Messages interface {
 	// existed says whether there was such a subscription before.
 	Record(ctx context.Context, call Call, provider, subject string, subscribed bool) (existed bool, err error)
 	// Deliver hands an encoded Message to an instance, wherever it runs, and
-	// returns the encoded MessageResult.
+	// returns the encoded MessageResult. message is only valid during the call.
 	Deliver(ctx context.Context, to Subscription, message []byte) (result []byte, err error)
 }
 

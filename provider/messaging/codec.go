@@ -4,6 +4,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"sync"
 	"unicode/utf8"
 
 	"github.com/nats-io/nats.go"
@@ -20,15 +21,32 @@ type message struct {
 	delivery   uint32
 }
 
-// encode writes the wasmatrix.v1.Message that a handler gets.
-func (m *message) encode(subscription, provider string) []byte {
+// maxKept is the largest buffer that is kept for other messages.
+const maxKept = 64 << 10
+
+// buffers hold encoded messages, which handlers get for the time of a delivery.
+var buffers = sync.Pool{New: func() any { return new([]byte) }}
+
+func takeBuffer() *[]byte {
+	b, _ := buffers.Get().(*[]byte)
+	return b
+}
+
+func giveBuffer(b *[]byte) {
+	if cap(*b) <= maxKept {
+		buffers.Put(b)
+	}
+}
+
+// encode appends the wasmatrix.v1.Message that a handler gets to b.
+func (m *message) encode(b []byte, subscription, provider string) []byte {
 	size := len(m.subject) + len(m.payload) + len(subscription) + len(provider) + 48
 	for name, values := range m.headers {
 		for _, v := range values {
 			size += len(name) + len(v) + 12
 		}
 	}
-	b := make([]byte, 0, size)
+	b = slices.Grow(b, size)
 	b = appendString(b, 1, m.subject)
 	b = appendBytes(b, 2, m.payload)
 	b = appendHeaders(b, 3, m.headers)

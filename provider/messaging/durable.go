@@ -139,7 +139,7 @@ func (k *keptSource) read(raw jetstream.Msg) (*message, storedID, bool) {
 		return nil, storedID{}, false
 	}
 	m.sequence, m.delivery = meta.Sequence.Stream, delivery
-	return m, id, true
+	return &m, id, true
 }
 
 // handle delivers a message and does what the handler says. It holds a slot.

@@ -67,7 +67,7 @@ func (s *service) Follow(ctx context.Context, subject string, sink func(message 
 				continue
 			}
 			m := message{subject: name, payload: raw.Data, headers: raw.Header, wantsReply: raw.Reply != "", delivery: 1}
-			if err := sink(m.encode(subject, s.id), f.lost()); err != nil {
+			if err := sink(m.encode(nil, subject, s.id), f.lost()); err != nil {
 				return err
 			}
 		}

@@ -155,7 +155,7 @@ func (p *plainSource) take(raw *nats.Msg) {
 		return
 	}
 	m.wantsReply, m.delivery = raw.Reply != "", 1
-	s.handlePlain(raw, m, 0)
+	s.handlePlain(raw, &m, 0)
 }
 
 // takeSlot waits for a slot; it reports false when the subscription ends first.
@@ -176,13 +176,13 @@ func (s *subscription) takeSlot() bool {
 
 // read checks that a message can be passed on. Publishers outside of wasmatrix
 // are not bound to its limits.
-func (s *subscription) read(wire string, headers nats.Header, data []byte) (*message, bool) {
+func (s *subscription) read(wire string, headers nats.Header, data []byte) (message, bool) {
 	subject, ok := s.hub.link.guestSubject(wire)
 	if !ok {
 		if utf8.ValidString(wire) && !strings.HasPrefix(wire, "$") && !strings.HasPrefix(wire, "_") {
 			s.drop(droppedInvalid, 1)
 		}
-		return nil, false // a pattern that begins with a wildcard matches NATS's own subjects
+		return message{}, false // a pattern that begins with a wildcard matches NATS's own subjects
 	}
 	size := len(data)
 	for name, values := range headers {
@@ -192,9 +192,9 @@ func (s *subscription) read(wire string, headers nats.Header, data []byte) (*mes
 	}
 	if size > maxForeign {
 		s.drop(droppedInvalid, 1)
-		return nil, false
+		return message{}, false
 	}
-	return &message{subject: subject, payload: data, headers: headers}, true
+	return message{subject: subject, payload: data, headers: headers}, true
 }
 
 // handlePlain delivers a message and does what the handler says. It holds a slot.
@@ -249,6 +249,7 @@ func (s *subscription) again(raw *nats.Msg, m *message, failures uint32, after t
 		s.drop(droppedUndelivered, 1)
 		return
 	}
+	held := *m
 	go func() {
 		wait := time.NewTimer(after)
 		defer wait.Stop()
@@ -268,8 +269,8 @@ func (s *subscription) again(raw *nats.Msg, m *message, failures uint32, after t
 			s.end()
 			return
 		}
-		m.delivery++
-		s.handlePlain(raw, m, failures)
+		held.delivery++
+		s.handlePlain(raw, &held, failures)
 	}()
 }
 

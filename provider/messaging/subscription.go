@@ -259,7 +259,13 @@ type verdict struct {
 // deliver hands a message to one replica, and waits while none takes it. It fails
 // with errEnded or errExpired.
 func (s *subscription) deliver(ctx context.Context, m *message) (verdict, error) {
-	encoded := m.encode(s.key.subject, s.hub.id)
+	encoded := takeBuffer()
+	defer giveBuffer(encoded)
+	*encoded = m.encode((*encoded)[:0], s.key.subject, s.hub.id)
+	return s.handOver(ctx, *encoded)
+}
+
+func (s *subscription) handOver(ctx context.Context, encoded []byte) (verdict, error) {
 	for round := 0; ; round++ {
 		var moved <-chan struct{}
 		var tried []*member
