@@ -226,7 +226,8 @@ func (p *Peer) open() (_ *node, err error) {
 		return nil, err
 	}
 	n.logs = newParallelLogs(&sealedLogs{LogStore: n.storage.logs, damaged: p.fail}, p.leadsOthers, p.fail)
-	n.guard.syncedWhile, n.guard.leadsIn, n.guard.beat = n.logs.syncedWhile, p.leadsIn, p.beat
+	n.guard.syncedWhile, n.guard.leadsIn = n.logs.syncedWhile, p.leadsIn
+	n.guard.covers, n.guard.beat = p.covers, p.beat
 	n.herald = newHerald(n.guard, p.commitIndex, p.lastIndex, p.leadsIn)
 	logs, err := raft.NewLogCache(logCacheEntries, n.logs)
 	if err != nil {
@@ -367,6 +368,13 @@ func (p *Peer) lastIndex() uint64 { return p.raft.Load().LastIndex() }
 func (p *Peer) leadsIn(term uint64) bool {
 	r := p.raft.Load()
 	return r != nil && r.State() == raft.Leader && r.CurrentTerm() == term
+}
+
+// covers reports whether all up to index has been applied here, and the log or a
+// snapshot of this peer goes that far.
+func (p *Peer) covers(index uint64) bool {
+	r := p.raft.Load()
+	return r != nil && r.AppliedIndex() >= index && r.LastIndex() >= index
 }
 
 // appliedNext returns a channel that is closed when something more has been applied.

@@ -5,9 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/hashicorp/go-hclog"
+	"github.com/hashicorp/raft"
 	"google.golang.org/grpc"
 
 	"github.com/wasmatrix/wasmatrix/apierror"
@@ -207,5 +211,77 @@ func TestViewIsImmutableWhileCommandsAreApplied(t *testing.T) {
 	l.put("x")
 	if has(view, "x") {
 		t.Error("a view changed")
+	}
+}
+
+// restores is a state machine that counts how often it went back to a snapshot.
+type restores struct{ n atomic.Int32 }
+
+func (*restores) Apply(*raft.Log) any                 { return nil }
+func (*restores) Snapshot() (raft.FSMSnapshot, error) { return nil, errors.New("not wanted") }
+func (r *restores) Restore(data io.ReadCloser) error  { r.n.Add(1); return data.Close() }
+
+// TestASnapshotThatWasOvertakenIsRefused sends a follower a snapshot twice, the
+// second time after entries that came later: hashicorp/raft would go back to it.
+func TestASnapshotThatWasOvertakenIsRefused(t *testing.T) {
+	_, inner := raft.NewInmemTransport("n1")
+	_, leader := raft.NewInmemTransport("n2")
+	leader.Connect("n1", inner)
+	g, err := newGuard(inner, &atomic.Bool{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &Peer{}
+	g.covers = p.covers
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() { defer close(done); g.run(ctx) }()
+	defer func() { cancel(); <-done }()
+
+	cfg := raft.DefaultConfig()
+	cfg.LocalID, cfg.Logger = "n1", hclog.NewNullLogger()
+	cfg.HeartbeatTimeout, cfg.ElectionTimeout = time.Hour, time.Hour
+	state, logs := &restores{}, raft.NewInmemStore()
+	r, err := raft.NewRaft(cfg, state, logs, logs, raft.NewInmemSnapshotStore(), g)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := r.Shutdown().Error(); err != nil {
+			t.Error(err)
+		}
+	}()
+	p.raft.Store(r)
+
+	header := raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: []byte("n2"), Addr: []byte("n2")}
+	voters := raft.EncodeConfiguration(raft.Configuration{Servers: []raft.Server{{ID: "n1", Address: "n1"}, {ID: "n2", Address: "n2"}}})
+	install := func() (raft.InstallSnapshotResponse, error) {
+		const content = "the state at 5"
+		var resp raft.InstallSnapshotResponse
+		err := leader.InstallSnapshot("n1", "n1", &raft.InstallSnapshotRequest{
+			RPCHeader: header, SnapshotVersion: raft.SnapshotVersionMax, Term: 2, LastLogIndex: 5, LastLogTerm: 2,
+			Configuration: voters, ConfigurationIndex: 1, Size: int64(len(content)),
+		}, &resp, strings.NewReader(content))
+		return resp, err
+	}
+	if resp, err := install(); err != nil || !resp.Success || state.n.Load() != 1 {
+		t.Fatalf("the first time: %+v, %v, restored %d times", resp, err, state.n.Load())
+	}
+	var entries []*raft.Log
+	for i := uint64(6); i <= 10; i++ {
+		entries = append(entries, &raft.Log{Index: i, Term: 2, Type: raft.LogNoop})
+	}
+	var resp raft.AppendEntriesResponse
+	err = leader.AppendEntries("n1", "n1", &raft.AppendEntriesRequest{
+		RPCHeader: header, Term: 2, PrevLogEntry: 5, PrevLogTerm: 2, Entries: entries, LeaderCommitIndex: 10,
+	}, &resp)
+	if err != nil || !resp.Success {
+		t.Fatalf("entries: %+v, %v", resp, err)
+	}
+	if resp, err := install(); err == nil || resp.Success {
+		t.Errorf("the second time: %+v, %v", resp, err)
+	}
+	if n, applied := state.n.Load(), r.AppliedIndex(); n != 1 || applied != 10 {
+		t.Errorf("restored %d times, applied up to %d", n, applied)
 	}
 }

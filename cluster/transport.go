@@ -36,6 +36,9 @@ type guard struct {
 	leadsIn func(term uint64) bool
 	// stand returns why this peer should not be elected now, or nil. Set it before Raft starts.
 	stand func() error
+	// covers reports whether all up to an index is in this peer's state and in its
+	// log or snapshot. Set it before Raft starts.
+	covers func(index uint64) bool
 	// beat is told of each heartbeat whether it got through. Set it before Raft starts.
 	beat func(id raft.ServerID, reached bool)
 }
@@ -45,7 +48,7 @@ func newGuard(inner raft.Transport, mayVote *atomic.Bool) (*guard, error) {
 	return &guard{
 		hop: h, mayVote: mayVote,
 		syncedWhile: func(func() bool) error { return nil }, leadsIn: func(uint64) bool { return true },
-		stand: func() error { return nil }, beat: func(raft.ServerID, bool) {},
+		stand: func() error { return nil }, covers: func(uint64) bool { return false }, beat: func(raft.ServerID, bool) {},
 	}, err
 }
 
@@ -56,8 +59,41 @@ func (g *guard) run(ctx context.Context) {
 			rpc.Respond(nil, errNoVotes)
 			return
 		}
-		g.pass(ctx, g.held(ctx, rpc))
+		g.pass(ctx, g.held(ctx, g.fresh(rpc)))
 	})
+}
+
+// errStale answers a snapshot that was on its way for too long.
+var errStale = errors.New("this peer has more than the snapshot")
+
+// fresh makes a snapshot that has been overtaken unreadable. One whose leader gave
+// it up may still arrive, when a connection comes back to life, and hashicorp/raft
+// would go back to it: to a state of the past, and from there to entries that may
+// be gone from the log. It reads where nothing else changes the state, so that what
+// is found there still holds.
+func (g *guard) fresh(rpc raft.RPC) raft.RPC {
+	if req, ok := rpc.Command.(*raft.InstallSnapshotRequest); ok {
+		rpc.Reader = &freshReader{Reader: rpc.Reader, stale: func() bool { return g.covers(req.LastLogIndex) }}
+	}
+	return rpc
+}
+
+// freshReader fails at the first Read of a snapshot that is stale; later ones get
+// the rest out of the way.
+type freshReader struct {
+	io.Reader
+	stale func() bool
+	begun bool
+}
+
+// Read implements io.Reader.
+func (r *freshReader) Read(p []byte) (int, error) {
+	if !r.begun {
+		if r.begun = true; r.stale() {
+			return 0, errStale
+		}
+	}
+	return r.Reader.Read(p)
 }
 
 // held makes the answer to entries wait until they are on disk. Those that a
