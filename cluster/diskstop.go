@@ -68,6 +68,31 @@ func (p *Peer) tellFull(full bool) {
 	}
 }
 
+// holePause is what a log that is being changed gets before it counts as having a hole.
+const holePause = 10 * time.Millisecond
+
+// isHole reports whether the log lacks an entry that was not applied yet and that
+// Raft counts on. This peer stops then: what it would do next is panic.
+func (p *Peer) isHole(logs *parallelLogs, index uint64) bool {
+	r := p.raft.Load()
+	counts := func() bool {
+		return r != nil && !logs.cleared.Load() && r.AppliedIndex() < index && index <= r.LastIndex()
+	}
+	if !counts() {
+		return false
+	}
+	<-time.After(holePause)
+	var entry raft.Log
+	if !counts() || logs.GetLog(index, &entry) == nil {
+		return false
+	}
+	first, _ := logs.FirstIndex()
+	last, _ := logs.LastIndex()
+	p.fail(p.advise(fmt.Errorf("%w: entry %d is not in the log (%d to %d on disk); %d are applied, %d should be there, the snapshot is at %s",
+		ErrDiskFailed, index, first, last, r.AppliedIndex(), r.LastIndex(), r.Stats()["last_snapshot_index"])))
+	return true
+}
+
 // startRaft starts Raft. hashicorp/raft panics when it cannot write its term or read the log.
 func (p *Peer) startRaft(stores *lastResort, transport raft.Transport) (r *raft.Raft, err error) {
 	defer func() {

@@ -136,6 +136,9 @@ type lastResort struct {
 	armed atomic.Bool
 	// stuck is set when Raft would wait for that goroutine and panic once it is shut down.
 	stuck *atomic.Bool
+	// isHole reports whether an entry that was not found must be there, and makes
+	// this peer stop then.
+	isHole func(index uint64) bool
 }
 
 func (l *lastResort) end() {
@@ -147,7 +150,7 @@ func (l *lastResort) end() {
 // GetLog reads an entry.
 func (l *lastResort) GetLog(index uint64, entry *raft.Log) error {
 	err := l.LogStore.GetLog(index, entry)
-	if err != nil && !errors.Is(err, raft.ErrLogNotFound) {
+	if err != nil && (!errors.Is(err, raft.ErrLogNotFound) || l.armed.Load() && l.isHole(index)) {
 		l.end()
 	}
 	return err

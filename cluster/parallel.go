@@ -210,11 +210,13 @@ func (p *parallelLogs) DeleteRange(first, last uint64) error {
 	if err != nil {
 		return err
 	}
-	if err := p.LogStore.DeleteRange(first, last); err != nil {
-		return err
+	if last < end {
+		return p.LogStore.DeleteRange(first, last)
 	}
-	if last >= end {
-		p.cleared.Store(true)
+	p.cleared.Store(true)
+	err = p.LogStore.DeleteRange(first, last)
+	if err != nil {
+		p.cleared.Store(false)
 	}
-	return nil
+	return err
 }

@@ -233,7 +233,7 @@ func (p *Peer) open() (_ *node, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("cache the raft log: %w", err)
 	}
-	if n.raft, err = p.startRaft(&lastResort{LogStore: logs, StableStore: n.storage.stable, SnapshotStore: n.storage.snapshots, stuck: &p.disk.stuck}, n.herald); err != nil {
+	if n.raft, err = p.startRaft(&lastResort{LogStore: logs, StableStore: n.storage.stable, SnapshotStore: n.storage.snapshots, stuck: &p.disk.stuck, isHole: func(index uint64) bool { return p.isHole(n.logs, index) }}, n.herald); err != nil {
 		return nil, err
 	}
 	p.role.leaderless.Store(time.Now().UnixNano())

@@ -188,7 +188,8 @@ func (m *peerMachine) crash() {
 	m.world.background.Go(p.end)
 }
 
-// stop ends the process as planned.
+// stop ends the process as planned. What it had under way when it gave up waiting
+// for a slow disk ends with it, or would change the files under the next process.
 func (m *peerMachine) stop() {
 	p := m.proc.Load()
 	if p == nil {
@@ -197,6 +198,7 @@ func (m *peerMachine) stop() {
 	p.killed.Store(true)
 	p.cancel()
 	<-p.done
+	m.disk.crash()
 	m.proc.CompareAndSwap(p, nil)
 	m.world.gossip.set(m.id, false)
 	m.world.net.crash(m.id)
