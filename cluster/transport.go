@@ -78,8 +78,8 @@ func (g *guard) fresh(rpc raft.RPC) raft.RPC {
 	return rpc
 }
 
-// freshReader fails at the first Read of a snapshot that is stale; later ones get
-// the rest out of the way.
+// freshReader fails at the first Read of a snapshot that is stale, once it is out
+// of the way of what follows it.
 type freshReader struct {
 	io.Reader
 	stale func() bool
@@ -90,7 +90,8 @@ type freshReader struct {
 func (r *freshReader) Read(p []byte) (int, error) {
 	if !r.begun {
 		if r.begun = true; r.stale() {
-			return 0, errStale
+			_, err := io.Copy(io.Discard, r.Reader)
+			return 0, errors.Join(errStale, err)
 		}
 	}
 	return r.Reader.Read(p)
