@@ -370,11 +370,11 @@ func (p *Peer) leadsIn(term uint64) bool {
 	return r != nil && r.State() == raft.Leader && r.CurrentTerm() == term
 }
 
-// covers reports whether all up to index has been applied here, and the log or a
-// snapshot of this peer goes that far.
+// covers reports whether more than index has been applied here, and the log or a
+// snapshot of this peer goes that far. A snapshot of the very state harms nobody.
 func (p *Peer) covers(index uint64) bool {
 	r := p.raft.Load()
-	return r != nil && r.AppliedIndex() >= index && r.LastIndex() >= index
+	return r != nil && r.AppliedIndex() > index && r.LastIndex() >= index
 }
 
 // appliedNext returns a channel that is closed when something more has been applied.
