@@ -371,7 +371,8 @@ func (p *Peer) leadsIn(term uint64) bool {
 }
 
 // covers reports whether more than index has been applied here, and the log or a
-// snapshot of this peer goes that far. A snapshot of the very state harms nobody.
+// snapshot of this peer goes that far. A snapshot of the very state is let through:
+// its leader has not heard that it arrived, and would send it again for ever.
 func (p *Peer) covers(index uint64) bool {
 	r := p.raft.Load()
 	return r != nil && r.AppliedIndex() > index && r.LastIndex() >= index

@@ -221,8 +221,8 @@ func (*restores) Apply(*raft.Log) any                 { return nil }
 func (*restores) Snapshot() (raft.FSMSnapshot, error) { return nil, errors.New("not wanted") }
 func (r *restores) Restore(data io.ReadCloser) error  { r.n.Add(1); return data.Close() }
 
-// TestASnapshotThatWasOvertakenIsRefused sends a follower a snapshot twice, the
-// second time after entries that came later: hashicorp/raft would go back to it.
+// TestASnapshotThatWasOvertakenIsRefused sends a follower a snapshot again after
+// entries that came later: hashicorp/raft would go back to it.
 func TestASnapshotThatWasOvertakenIsRefused(t *testing.T) {
 	_, inner := raft.NewInmemTransport("n1")
 	_, leader := raft.NewInmemTransport("n2")
@@ -264,9 +264,13 @@ func TestASnapshotThatWasOvertakenIsRefused(t *testing.T) {
 		}, &resp, strings.NewReader(content))
 		return resp, err
 	}
-	if resp, err := install(); err != nil || !resp.Success || state.n.Load() != 1 {
-		t.Fatalf("the first time: %+v, %v, restored %d times", resp, err, state.n.Load())
+	// A leader that has not heard that the first arrived sends it again.
+	for range 2 {
+		if resp, err := install(); err != nil || !resp.Success {
+			t.Fatalf("before the entries: %+v, %v", resp, err)
+		}
 	}
+	before := state.n.Load()
 	var entries []*raft.Log
 	for i := uint64(6); i <= 10; i++ {
 		entries = append(entries, &raft.Log{Index: i, Term: 2, Type: raft.LogNoop})
@@ -279,9 +283,9 @@ func TestASnapshotThatWasOvertakenIsRefused(t *testing.T) {
 		t.Fatalf("entries: %+v, %v", resp, err)
 	}
 	if resp, err := install(); err == nil || resp.Success {
-		t.Errorf("the second time: %+v, %v", resp, err)
+		t.Errorf("after the entries: %+v, %v", resp, err)
 	}
-	if n, applied := state.n.Load(), r.AppliedIndex(); n != 1 || applied != 10 {
-		t.Errorf("restored %d times, applied up to %d", n, applied)
+	if n, applied := state.n.Load()-before, r.AppliedIndex(); n != 0 || applied != 10 {
+		t.Errorf("restored %d times more, applied up to %d", n, applied)
 	}
 }
