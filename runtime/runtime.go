@@ -187,3 +187,28 @@ type Instance interface {
 	// Close frees the instance, ending the guest if need be. It may be called twice.
 	Close(ctx context.Context) error
 }
+
+// CutOff is the error of a call that this end of the instance cut off, or that came
+// after it: ErrNotRunning after an orderly end, else ErrCrashed.
+func (e Exit) CutOff() error {
+	if e.Reason == Stopped || e.Reason == Completed {
+		return ErrNotRunning
+	}
+	return fmt.Errorf("%w: another call ended the instance: %s", ErrCrashed, e.Message)
+}
+
+// Await waits until done is closed, or fails when ctx ends first. Where both have
+// happened, done counts.
+func Await(ctx context.Context, done <-chan struct{}, instanceID string) error {
+	select {
+	case <-done:
+		return nil
+	default:
+	}
+	select {
+	case <-done:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("waiting for %s: %w", instanceID, ctx.Err())
+	}
+}

@@ -269,8 +269,8 @@ func (i *instance) lostError() error {
 func (i *instance) endedError() error {
 	i.state.mu.Lock()
 	defer i.state.mu.Unlock()
-	if r := i.state.exit.Reason; i.state.phase == ended && r != runtime.Stopped && r != runtime.Completed {
-		return fmt.Errorf("%w: another call ended the instance: %s", runtime.ErrCrashed, i.state.exit.Message)
+	if i.state.phase == ended {
+		return i.state.exit.CutOff()
 	}
 	return runtime.ErrNotRunning
 }

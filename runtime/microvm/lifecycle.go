@@ -25,14 +25,8 @@ const (
 
 // Wait implements runtime.Instance.
 func (i *instance) Wait(ctx context.Context) (runtime.Exit, error) {
-	select {
-	case <-i.done:
-	default:
-		select {
-		case <-i.done:
-		case <-ctx.Done():
-			return runtime.Exit{}, fmt.Errorf("waiting for %s: %w", i.spec.InstanceID, ctx.Err())
-		}
+	if err := runtime.Await(ctx, i.done, i.spec.InstanceID); err != nil {
+		return runtime.Exit{}, err
 	}
 	i.state.mu.Lock()
 	defer i.state.mu.Unlock()

@@ -1,7 +1,6 @@
 package e2e
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
@@ -38,15 +37,7 @@ func startDev(t *testing.T, nodes int) *devCluster {
 	}
 	dev := exec.Command(binary, "dev", "--nodes", fmt.Sprint(nodes), "--port-base", fmt.Sprint(base), "--metrics-port", "0",
 		"--persist", filepath.Join(dir, "cluster"), "--write-context", d.context)
-	out, err := dev.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	var stderr bytes.Buffer
-	dev.Stderr = &stderr
-	if err := dev.Start(); err != nil {
-		t.Fatal(err)
-	}
+	stderr := harness.StartDev(t, dev)
 	t.Cleanup(func() {
 		if err := dev.Process.Signal(syscall.SIGINT); err != nil {
 			t.Errorf("end the cluster: %v", err)
@@ -55,14 +46,7 @@ func startDev(t *testing.T, nodes int) *devCluster {
 			t.Errorf("dev ended with %v: %s", err, stderr.String())
 		}
 	})
-	for lines := bufio.NewScanner(out); ; {
-		if !lines.Scan() {
-			t.Fatalf("dev ended before it was ready: %s", stderr.String())
-		}
-		if strings.Contains(lines.Text(), "ready in") {
-			return d
-		}
-	}
+	return d
 }
 
 // run runs a command and returns what it said, and its exit code.

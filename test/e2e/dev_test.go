@@ -1,8 +1,6 @@
 package e2e
 
 import (
-	"bufio"
-	"bytes"
 	"context"
 	"fmt"
 	"net"
@@ -34,23 +32,7 @@ func TestDevCommand(t *testing.T) {
 			env := append(os.Environ(), "TMPDIR="+dir, "WASMATRIX_CONTEXT="+contextPath)
 			dev := exec.Command(binary, args...)
 			dev.Env = env
-			out, err := dev.StdoutPipe()
-			if err != nil {
-				t.Fatal(err)
-			}
-			var stderr bytes.Buffer
-			dev.Stderr = &stderr
-			if err := dev.Start(); err != nil {
-				t.Fatal(err)
-			}
-			for lines := bufio.NewScanner(out); ; {
-				if !lines.Scan() {
-					t.Fatalf("dev ended before it was ready: %s", stderr.String())
-				}
-				if strings.Contains(lines.Text(), "ready in") {
-					break
-				}
-			}
+			stderr := harness.StartDev(t, dev)
 			second := exec.Command(binary, args...)
 			second.Env = append(slices.Clone(env), "TMPDIR="+t.TempDir())
 			said, err := second.CombinedOutput()

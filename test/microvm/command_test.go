@@ -1,7 +1,6 @@
 package microvm
 
 import (
-	"bufio"
 	"bytes"
 	"encoding/json"
 	"errors"
@@ -63,23 +62,7 @@ func TestMicroVMInDev(t *testing.T) {
 				node.EnvRuntime + "=micro-kvm", node.EnvAccel + "=tcg",
 			}}
 			dev := c.cmd("dev", "--port-base", fmt.Sprint(harness.FreePortBase(1)), "--metrics-port", "0", "--write-context", contextPath)
-			out, err := dev.StdoutPipe()
-			if err != nil {
-				t.Fatal(err)
-			}
-			var stderr bytes.Buffer
-			dev.Stderr = &stderr
-			if err := dev.Start(); err != nil {
-				t.Fatal(err)
-			}
-			for lines := bufio.NewScanner(out); ; {
-				if !lines.Scan() {
-					t.Fatalf("dev ended before it was ready: %s", stderr.String())
-				}
-				if strings.Contains(lines.Text(), "ready in") {
-					break
-				}
-			}
+			stderr := harness.StartDev(t, dev)
 			guest := filepath.Join(dir, "echo.wasm")
 			if err := os.WriteFile(guest, runtimetest.Echo(), 0o600); err != nil {
 				t.Fatal(err)
