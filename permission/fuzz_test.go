@@ -129,6 +129,23 @@ func TestSubscribeCoversExactlyTheSubset(t *testing.T) {
 	})
 }
 
+// Publishing is allowed exactly to what is a subject, has no wildcard, and matches.
+func TestPublishCoversExactlyTheMatches(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		pattern := subject(">").Draw(t, "pattern")
+		p, err := Parse("msg:publish:" + strings.Join(pattern, "."))
+		if err != nil {
+			t.Fatal(err)
+		}
+		need := rapid.StringOfN(rapid.SampledFrom([]rune("abc..*> \x7f")), 0, 9, -1).Draw(t, "need")
+		tokens := strings.Split(need, ".")
+		want := !slices.Contains(tokens, "") && !strings.ContainsAny(need, "*> \x7f") && matches(pattern, tokens)
+		if got := p.Covers(msg("publish", need)); got != want {
+			t.Fatalf("%v covers %q: got %v, want %v", pattern, need, got, want)
+		}
+	})
+}
+
 func TestKVCoversIsThePrefixRelation(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		key := rapid.StringOfN(rapid.RuneFrom([]rune("ab:/ö")), 0, 6, -1).Draw(t, "key")

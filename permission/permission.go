@@ -103,7 +103,7 @@ func (p *Permission) covers(n *Need) bool {
 		if p.resource == "" {
 			return n.Resource == "" || literalSubject(n.Resource)
 		}
-		return literalSubject(n.Resource) && coversSubject(p.resource, n.Resource)
+		return literalSubject(n.Resource) && coversLiteral(p.resource, n.Resource)
 	case ruleSubscribe:
 		if p.resource == "" {
 			return n.Resource == "" || wellFormed(n.Resource)

@@ -296,12 +296,13 @@ func TestCoversDoesNotAllocate(t *testing.T) {
 
 func BenchmarkAllows(b *testing.B) {
 	set := mustSet(b, "kv:read:a/", "kv:read:b/", "kv:write", "http:request", "http:domain:*.example.com",
-		"http:domain:10.0.0.0/8", "msg:subscribe:a.*.>")
+		"http:domain:10.0.0.0/8", "msg:subscribe:a.*.>", "msg:publish:a.*.>")
 	for name, n := range map[string]Need{
 		"kv":        kv("read", "b/1"),
 		"domain":    http("www.example.com:443"),
 		"cidr":      http("10.1.2.3:80"),
 		"subject":   msg("subscribe", "a.b.c.d"),
+		"publish":   msg("publish", "a.b.c.d"),
 		"kv-denied": kv("delete", "b/1"),
 	} {
 		b.Run(name, func(b *testing.B) {

@@ -47,7 +47,36 @@ func wellFormed(s string) bool {
 
 // literalSubject reports whether s is a subject without wildcards.
 func literalSubject(s string) bool {
-	return wellFormed(s) && strings.IndexByte(s, '*') < 0 && strings.IndexByte(s, '>') < 0
+	last := byte('.')
+	for i := range len(s) {
+		c := s[i]
+		if c <= ' ' || c == 0x7f || c == '*' || c == '>' || c == '.' && last == '.' {
+			return false
+		}
+		last = c
+	}
+	return last != '.'
+}
+
+// coversLiteral is coversSubject for a well-formed pattern and a literal subject, which
+// every message that is published is asked for.
+func coversLiteral(pattern, subject string) bool {
+	at := 0
+	for i := range len(pattern) {
+		switch c := pattern[i]; {
+		case c == '>':
+			return at < len(subject)
+		case c == '*':
+			for at < len(subject) && subject[at] != '.' {
+				at++
+			}
+		case at == len(subject) || c != subject[at]:
+			return false
+		default:
+			at++
+		}
+	}
+	return at == len(subject)
 }
 
 // validToken refuses what NATS refuses, and a wildcard inside a longer token:
