@@ -161,7 +161,7 @@ func (s *slot) cutOff() (unwanted bool) {
 func (s *slot) callHost(ctx context.Context, capability, operation string, payload []byte) (answer []byte, err error) {
 	defer func() {
 		if r := recover(); r != nil {
-			s.instance.logger.Error("capability call panicked", "capability", capability, "operation", operation, "panic", r)
+			s.instance.logger().Error("capability call panicked", "capability", capability, "operation", operation, "panic", r)
 			answer, err = nil, apierror.New(pb.ErrorCode_ERROR_CODE_INTERNAL_ERROR, "%s %s failed", capability, operation)
 		}
 	}()
@@ -187,7 +187,7 @@ func (s *slot) failure(e *apierror.Error) *runtime.Failure {
 	message := e.Proto(s.hostContext())
 	encoded, err := proto.Marshal(message)
 	if err != nil {
-		s.instance.logger.Error("encoding the error of a capability call", slog.Any("error", err))
+		s.instance.logger().Error("encoding the error of a capability call", slog.Any("error", err))
 	}
 	return &runtime.Failure{Code: uint32(max(message.GetCode(), 1)), Encoded: encoded}
 }

@@ -36,7 +36,6 @@ type instance struct {
 	spec    runtime.Spec
 	host    runtime.Host
 	limit   uint64
-	logger  *slog.Logger
 	// args and env are what the guest reads of spec through WASI.
 	args, env wasiStrings
 
@@ -78,12 +77,16 @@ func newInstance(r *Runtime, e *entry, spec runtime.Spec, host runtime.Host, lim
 	}
 	return &instance{
 		runtime: r, entry: e, unit: e.unit, spec: spec, host: host, limit: limit,
-		logger:  r.config.Logger.With("instance", spec.InstanceID),
 		tokens:  make(chan struct{}, slots),
 		closing: make(chan struct{}), dying: make(chan struct{}), done: make(chan struct{}),
 		memory: account{gauge: r.metrics.memory},
 		state:  state{calls: map[*slot]context.CancelCauseFunc{}, began: map[*slot]time.Time{}},
 	}
+}
+
+// logger returns the agent's logger, with the instance named. Most instances never need it.
+func (i *instance) logger() *slog.Logger {
+	return i.runtime.config.Logger.With("instance", i.spec.InstanceID)
 }
 
 // Command reports whether the module is a command rather than a reactor.

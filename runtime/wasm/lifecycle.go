@@ -47,7 +47,7 @@ func (i *instance) end(exit runtime.Exit) {
 	last := st.out == 0
 	st.mu.Unlock()
 	i.runtime.metrics.exits.WithLabelValues(exit.Reason.String()).Inc()
-	i.logger.Debug("guest ended", "reason", exit.Reason.String(), "message", exit.Message)
+	i.logger().Debug("guest ended", "reason", exit.Reason.String(), "message", exit.Message)
 	if last {
 		i.finish()
 		return
@@ -90,7 +90,7 @@ func (i *instance) abandon() {
 	select {
 	case <-i.done:
 	default:
-		i.logger.Warn("instance has ended but a capability call of it did not return", "waited", patience)
+		i.logger().Warn("instance has ended but a capability call of it did not return", "waited", patience)
 		i.finish()
 	}
 }

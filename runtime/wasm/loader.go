@@ -76,7 +76,7 @@ func (l *loader) acquire(ctx context.Context, digest, path string) (*entry, erro
 		l.entries[digest] = e
 		l.work.Go(func() { l.fill(e, path) })
 	} else {
-		l.metrics.lookups.WithLabelValues(foundInMemory).Inc()
+		l.metrics.lookups.inMemory.Inc()
 	}
 	e.refs++
 	if e.place != nil {
@@ -229,7 +229,7 @@ func (l *loader) prepare(digest, path string) (u *unit, s shape, metered []byte,
 			return u, s, nil, err
 		}
 	}
-	l.metrics.lookups.WithLabelValues(foundNowhere).Inc()
+	l.metrics.lookups.nowhere.Inc()
 	if metered, err = m.Meter(); err != nil {
 		return nil, s, nil, fmt.Errorf("%w: %w", runtime.ErrModuleInvalid, err)
 	}
@@ -242,7 +242,7 @@ func (l *loader) fromDisk(digest string, s shape) (*unit, error) {
 	u, err := l.open(digest, s)
 	switch {
 	case err == nil:
-		l.metrics.lookups.WithLabelValues(foundOnDisk).Inc()
+		l.metrics.lookups.onDisk.Inc()
 		return u, nil
 	case errors.Is(err, errCorrupt):
 		l.metrics.corrupt.Inc()

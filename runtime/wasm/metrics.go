@@ -9,7 +9,7 @@ import (
 type metrics struct {
 	compile  prometheus.Histogram
 	failures *prometheus.CounterVec
-	lookups  *prometheus.CounterVec
+	lookups  lookups
 	corrupt  prometheus.Counter
 	loaded   prometheus.Gauge
 	memory   prometheus.Gauge
@@ -17,12 +17,8 @@ type metrics struct {
 	exits    *prometheus.CounterVec
 }
 
-// Where a module was found, as label of the lookups.
-const (
-	foundInMemory = "memory"
-	foundOnDisk   = "disk"
-	foundNowhere  = "miss"
-)
+// lookups counts the lookups of modules by where they were found.
+type lookups struct{ inMemory, onDisk, nowhere prometheus.Counter }
 
 func newMetrics(r prometheus.Registerer) (*metrics, error) {
 	m := &metrics{
@@ -35,10 +31,6 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 			Name: "wasmatrix_module_refusals_total",
 			Help: "Modules that were refused, by reason: invalid, expensive (to compile) or internal.",
 		}, []string{"reason"}),
-		lookups: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "wasmatrix_module_cache_lookups_total",
-			Help: "Lookups of compiled modules by where they were found: memory, disk or miss.",
-		}, []string{"found"}),
 		corrupt: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "wasmatrix_module_cache_corruptions_total",
 			Help: "Damaged entries of the cache on disk that were found and compiled again.",
@@ -60,13 +52,17 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 			Help: "Instances that ended, by reason.",
 		}, []string{"reason"}),
 	}
-	for _, found := range []string{foundInMemory, foundOnDisk, foundNowhere} {
-		m.lookups.WithLabelValues(found)
+	found := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "wasmatrix_module_cache_lookups_total",
+		Help: "Lookups of compiled modules by where they were found: memory, disk or miss.",
+	}, []string{"found"})
+	m.lookups = lookups{
+		inMemory: found.WithLabelValues("memory"), onDisk: found.WithLabelValues("disk"), nowhere: found.WithLabelValues("miss"),
 	}
 	if r == nil {
 		return m, nil
 	}
-	for _, c := range []prometheus.Collector{m.compile, m.failures, m.lookups, m.corrupt, m.loaded, m.memory, m.spare, m.exits} {
+	for _, c := range []prometheus.Collector{m.compile, m.failures, found, m.corrupt, m.loaded, m.memory, m.spare, m.exits} {
 		if err := r.Register(c); err != nil {
 			return nil, fmt.Errorf("registering metrics: %w", err)
 		}
