@@ -67,6 +67,11 @@ func Spinner() []byte {
 	return Handler(nil, LocalGet(1), If(Loop(Br(0))), I64Const(0))
 }
 
+// GrowingSpinner is a Spinner that takes a page more before it spins.
+func GrowingSpinner() []byte {
+	return Handler(nil, LocalGet(1), If(I32Const(1), MemoryGrow, Drop, Loop(Br(0))), I64Const(0))
+}
+
 // Either is a reactor that traps when its input is empty and spins otherwise.
 func Either() []byte {
 	return Handler(nil, LocalGet(1), If(Loop(Br(0))), Unreachable)

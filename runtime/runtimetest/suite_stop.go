@@ -51,6 +51,23 @@ var stopTests = []conformance{
 			t.Fatalf("the call: %v", err)
 		}
 	}},
+	{"memory that a call takes is seen while the call goes on", func(t *testing.T, r runtime.Runtime) {
+		i := Started(t, r, Spec(t, GrowingSpinner()), NoHost(t))
+		before := i.Usage().MemoryBytes
+		errs := spinning(t, i)
+		deadline := time.Now().Add(patience)
+		for i.Usage().MemoryBytes != before+64<<10 {
+			if time.Now().After(deadline) {
+				t.Fatalf("usage %+v, memory was %d bytes before the call", i.Usage(), before)
+			}
+		}
+		if err := i.Stop(t.Context(), 0); err != nil {
+			t.Fatal(err)
+		}
+		if err := receive(t, "the call ends", errs); !errors.Is(err, runtime.ErrNotRunning) {
+			t.Fatalf("the call: %v", err)
+		}
+	}},
 	{"Stop obeys its context", func(t *testing.T, r runtime.Runtime) {
 		i := Started(t, r, Spec(t, Spinner()), NoHost(t))
 		spinning(t, i)

@@ -35,19 +35,31 @@ const (
 
 // vm is the machine that this process is the first of.
 type vm struct {
+	// random is the descriptor of random(4). It is opened at the boot: opening it takes
+	// a clone whose processor is emulated several milliseconds.
+	random int
 	// budget is what Budget was last told.
 	budget atomic.Uint64
 }
 
+// newVM opens what a machine needs of its kernel.
+func newVM() (*vm, error) {
+	random, err := unix.Open("/dev/urandom", unix.O_WRONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("opening /dev/urandom: %w", err)
+	}
+	return &vm{random: random}, nil
+}
+
 // Greet implements Machine.
-func (*vm) Greet(g channel.Greeting) error {
+func (v *vm) Greet(g channel.Greeting) error {
 	if err := setTime(g.Now); err != nil {
 		return err
 	}
 	if len(g.Entropy) == 0 || len(g.Entropy) > largestEntropy {
 		return fmt.Errorf("%w: %d bytes of entropy", channel.ErrMalformed, len(g.Entropy))
 	}
-	return addEntropy(g.Entropy)
+	return v.addEntropy(g.Entropy)
 }
 
 // SetTime implements Machine.
@@ -68,21 +80,16 @@ func setTime(now time.Time) error {
 
 // addEntropy mixes entropy into the kernel's pool, counts it, and makes the
 // generator start from it at once.
-func addEntropy(entropy []byte) error {
-	fd, err := unix.Open("/dev/urandom", unix.O_WRONLY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return fmt.Errorf("seeding random numbers: %w", err)
-	}
-	defer func() { _ = unix.Close(fd) }() // nothing was buffered
+func (v *vm) addEntropy(entropy []byte) error {
 	// struct rand_pool_info { int entropy_count; int buf_size; __u32 buf[]; }
 	info := make([]byte, entropyHeader+len(entropy))
 	binary.NativeEndian.PutUint32(info, uint32(len(entropy)*bitsPerByte))
 	binary.NativeEndian.PutUint32(info[4:], uint32(len(entropy)))
 	copy(info[entropyHeader:], entropy)
-	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), rndAddEntropy, uintptr(unsafe.Pointer(&info[0]))); errno != 0 {
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(v.random), rndAddEntropy, uintptr(unsafe.Pointer(&info[0]))); errno != 0 {
 		return fmt.Errorf("seeding random numbers: %w", errno)
 	}
-	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), rndReseedCRNG, 0); errno != 0 {
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(v.random), rndReseedCRNG, 0); errno != 0 {
 		return fmt.Errorf("seeding random numbers: %w", errno)
 	}
 	return nil

@@ -57,11 +57,15 @@ func run(ctx context.Context, log *slog.Logger) error {
 	if err := loadModules(); err != nil {
 		return err
 	}
+	machine, err := newVM()
+	if err != nil {
+		return err
+	}
 	stream, err := openPort()
 	if err != nil {
 		return err
 	}
-	return Serve(ctx, stream, &vm{}, "/tmp", log)
+	return Serve(ctx, stream, machine, "/tmp", log)
 }
 
 // loadModules loads the kernel's modules in the order of their names.
@@ -99,9 +103,9 @@ func loadModule(path string) error {
 func openPort() (io.ReadWriter, error) {
 	deadline := time.Now().Add(portPatience)
 	for {
-		fd, err := unix.Open(port, unix.O_RDWR|unix.O_CLOEXEC, 0)
+		fd, err := unix.Open(port, unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
 		if err == nil {
-			return &stream{fd: fd}, nil
+			return &stream{file: os.NewFile(uintptr(fd), port)}, nil
 		}
 		if time.Now().After(deadline) {
 			return nil, fmt.Errorf("opening %s: %w", port, err)
@@ -110,9 +114,10 @@ func openPort() (io.ReadWriter, error) {
 	}
 }
 
-// stream reads and writes the port with blocking calls: Go's poller has no part in it.
+// stream reads and writes the port through Go's poller: with blocking calls, each
+// wait would keep Go's only processor until its monitor takes it away.
 type stream struct {
-	fd   int
+	file *os.File
 	used bool
 }
 
@@ -120,14 +125,13 @@ type stream struct {
 // just not be there yet.
 func (s *stream) Read(p []byte) (int, error) {
 	for empty := 0; ; {
-		n, err := unix.Read(s.fd, p)
+		n, err := s.file.Read(p)
 		switch {
-		case errors.Is(err, unix.EINTR), errors.Is(err, unix.EAGAIN):
-		case err != nil:
-			return 0, fmt.Errorf("reading %s: %w", port, err)
 		case n > 0:
 			s.used = true
 			return n, nil
+		case err != nil && !errors.Is(err, io.EOF):
+			return 0, fmt.Errorf("reading %s: %w", port, err)
 		default:
 			empty++
 			if s.used && empty > emptyReads {
@@ -139,13 +143,4 @@ func (s *stream) Read(p []byte) (int, error) {
 }
 
 // Write writes all of p.
-func (s *stream) Write(p []byte) (int, error) {
-	for done := 0; done < len(p); {
-		n, err := unix.Write(s.fd, p[done:])
-		if err != nil && !errors.Is(err, unix.EINTR) && !errors.Is(err, unix.EAGAIN) {
-			return done, fmt.Errorf("writing %s: %w", port, err)
-		}
-		done += max(n, 0)
-	}
-	return len(p), nil
-}
+func (s *stream) Write(p []byte) (int, error) { return s.file.Write(p) }

@@ -19,9 +19,6 @@ import (
 // for rehearsals.
 const idleModules = 2
 
-// usageInterval is how often a call that takes long tells how much memory there is.
-const usageInterval = 500 * time.Millisecond
-
 // Machine is what serving changes of the machine around it.
 type Machine interface {
 	// Greet sets the clock and seeds the random numbers, so that no two copies of
@@ -48,6 +45,7 @@ type server struct {
 	// exchange that took it. Both belong to receive.
 	dir    string
 	module *moduleFile
+	usage  usage
 
 	// answering is held for reading while an exchange is under way, and for
 	// writing by Ended, which comes after the answers of all of them.
@@ -90,8 +88,9 @@ func Serve(ctx context.Context, stream io.ReadWriter, machine Machine, dir strin
 
 // newServer makes a server that serves over a stream until over ends.
 func newServer(over context.Context, stream io.ReadWriter, rt *wasm.Runtime, machine Machine, dir string, log *slog.Logger) *server {
+	conn := channel.New(stream, channel.MaxFromHost)
 	return &server{
-		conn: channel.New(stream, channel.MaxFromHost), machine: machine, log: log, runtime: rt, dir: dir, over: over,
+		conn: conn, usage: usage{conn: conn}, machine: machine, log: log, runtime: rt, dir: dir, over: over,
 		module: &moduleFile{}, invocations: map[uint64]context.CancelFunc{}, replies: map[uint64]chan channel.Frame{},
 	}
 }
@@ -233,7 +232,9 @@ func (s *server) warm(ctx context.Context, module *moduleFile, payload []byte) e
 		return err
 	}
 	s.machine.Settle()
-	return nil
+	// The play once more: what the heap and the stacks need again after the collection
+	// is in the template then, and no clone has to fetch it.
+	return s.perform(ctx)
 }
 
 func (s *server) prepare(ctx context.Context, module *moduleFile, payload []byte) (shape []byte, err error) {
@@ -266,6 +267,7 @@ func (s *server) prepare(ctx context.Context, module *moduleFile, payload []byte
 func (s *server) announceEnd(ctx context.Context, i runtime.Instance) {
 	ctx = context.WithoutCancel(ctx)
 	exit, err := i.Wait(ctx)
+	s.usage.end()
 	s.answering.Lock()
 	defer s.answering.Unlock()
 	if err == nil {
@@ -312,7 +314,7 @@ func (s *server) start(ctx context.Context, f channel.Frame) error {
 	// The run of a command outlasts its Start, and so must its context.
 	ctx, cancel := s.invocationContext(context.WithoutCancel(ctx), f.ID, in)
 	context.AfterFunc(s.over, cancel)
-	s.reportUsage(i)
+	s.usage.begin(i)
 	return i.Start(ctx)
 }
 
@@ -339,37 +341,6 @@ func (s *server) stop(ctx context.Context, grace time.Duration) {
 	s.work.Go(func() {
 		if err := i.Stop(ctx, grace); err != nil {
 			s.log.Error("stopping the instance", "error", err)
-		}
-	})
-}
-
-// reportUsage tells the host of memory that grows while no answer carries its size.
-func (s *server) reportUsage(i runtime.Instance) {
-	s.work.Go(func() {
-		ended, cancel := context.WithCancel(s.over)
-		defer cancel()
-		s.work.Go(func() {
-			defer cancel()
-			// It ends with the instance, or with the channel: then nobody asks how.
-			_, _ = i.Wait(s.over)
-		})
-		ticker := time.NewTicker(usageInterval)
-		defer ticker.Stop()
-		var told uint64
-		for {
-			select {
-			case <-ended.Done():
-				return
-			case <-ticker.C:
-				now := i.Usage().MemoryBytes
-				if now == told {
-					continue
-				}
-				told = now
-				if err := s.conn.Send(channel.Usage, 0, channel.EncodeNumber(now)); err != nil {
-					return
-				}
-			}
 		}
 	})
 }
