@@ -16,17 +16,21 @@ type usage struct {
 	conn *channel.Conn
 
 	mu sync.Mutex
-	// next is when the host is told next; nil while there is nothing to tell.
+	// next is when the host is told next; nil before begin.
 	next *time.Timer
 	// told is the size that was told last.
 	told uint64
+	// over is set by end, which a Stop may bring before begin.
+	over bool
 }
 
 // begin tells of i until end.
 func (u *usage) begin(i runtime.Instance) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	u.next = time.AfterFunc(usageInterval, func() { u.tell(i) })
+	if !u.over {
+		u.next = time.AfterFunc(usageInterval, func() { u.tell(i) })
+	}
 }
 
 func (u *usage) tell(i runtime.Instance) {
@@ -40,7 +44,7 @@ func (u *usage) tell(i runtime.Instance) {
 	}
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	if u.next != nil {
+	if !u.over {
 		u.next.Reset(usageInterval)
 	}
 }
@@ -49,8 +53,8 @@ func (u *usage) tell(i runtime.Instance) {
 func (u *usage) end() {
 	u.mu.Lock()
 	defer u.mu.Unlock()
+	u.over = true
 	if u.next != nil {
 		u.next.Stop()
-		u.next = nil
 	}
 }
