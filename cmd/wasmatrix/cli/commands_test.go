@@ -25,6 +25,19 @@ func threeInstances(f *fake) {
 	pending.Placement = nil
 }
 
+func TestReasonOfACrash(t *testing.T) {
+	b := newBench(t)
+	st := b.fake.add("hello-aaaaa", pb.InstanceState_INSTANCE_STATE_CRASHED).Status
+	st.CrashCount, st.Reason = 1, pb.ExitReason_EXIT_REASON_TRAP
+	if got := b.want("instance", "get", "hello-aaaaa"); !strings.Contains(got, "1, last: TRAP\n") {
+		t.Errorf("crashed:\n%s", got)
+	}
+	st.State, st.Reason = pb.InstanceState_INSTANCE_STATE_RUNNING, pb.ExitReason_EXIT_REASON_UNSPECIFIED
+	if got := b.want("instance", "get", "hello-aaaaa"); !strings.Contains(got, "1, why: wasmatrix instance events hello-aaaaa\n") {
+		t.Errorf("running again:\n%s", got)
+	}
+}
+
 func TestListInEveryForm(t *testing.T) {
 	b := newBench(t)
 	if got := b.want("ps"); got != "no instances\n" {

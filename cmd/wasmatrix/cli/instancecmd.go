@@ -131,8 +131,12 @@ func (a *app) describeInstance(w io.Writer, resp *pb.QueryInstanceResponse) {
 	if st.GetStartedAt() != nil {
 		line("started", "%s ago, attempt %d", a.age(st.GetStartedAt()), st.GetAttempt())
 	}
-	if st.GetCrashCount() > 0 {
-		line("crashes", "%d, last: %s", st.GetCrashCount(), shortName(st.GetReason().String(), "EXIT_REASON_"))
+	switch reason := st.GetReason(); {
+	case st.GetCrashCount() == 0:
+	case reason == pb.ExitReason_EXIT_REASON_UNSPECIFIED: // it runs again
+		line("crashes", "%d, why: wasmatrix instance events %s", st.GetCrashCount(), i.GetId())
+	default:
+		line("crashes", "%d, last: %s", st.GetCrashCount(), shortName(reason.String(), "EXIT_REASON_"))
 	}
 	if st.GetNextRetryAt() != nil {
 		line("next retry", "in %s", humanDuration(st.GetNextRetryAt().AsTime().Sub(a.env.Now())))
