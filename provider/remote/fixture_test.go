@@ -147,16 +147,17 @@ type agent struct {
 	host   *provider.Host
 	router *provider.Router
 	server *grpc.Server
+	client *remote.Client
 }
 
 func (n *network) agent(t testing.TB, id string, settle time.Duration) *agent {
 	t.Helper()
 	self := n.issue(t, identity.Node, id, identity.RoleWorker)
 	kind := kv.New(kv.Options{})
-	a := &agent{id: id, dir: provider.NewDirectory(id), host: provider.NewHost(slog.New(slog.DiscardHandler), kind)}
+	a := &agent{id: id, dir: provider.NewDirectory(id), host: provider.NewHost(slog.New(slog.DiscardHandler), kind), client: n.client(t, n.pool(t, self))}
 	var err error
 	a.router, err = provider.NewRouter(provider.RouterConfig{
-		Directory: a.dir, Host: a.host, Kinds: []provider.Kind{kind}, Remote: n.client(t, n.pool(t, self)), SettleWithin: settle, Clock: clock(),
+		Directory: a.dir, Host: a.host, Kinds: []provider.Kind{kind}, Remote: a.client, SettleWithin: settle, Clock: clock(),
 	})
 	if err != nil {
 		t.Fatal(err)
