@@ -131,13 +131,24 @@ func TestSubscribeCoversExactlyTheSubset(t *testing.T) {
 
 // Publishing is allowed exactly to what is a subject, has no wildcard, and matches.
 func TestPublishCoversExactlyTheMatches(t *testing.T) {
+	for need, want := range map[string]bool{"a.b": true, "a..b": false, "a.b.": false, ".a": false, "a": false, "a.*": false, "": false} {
+		if got := mustParse(t, "msg:publish:a.>").Covers(msg("publish", need)); got != want {
+			t.Errorf("a.> covers %q: got %v", need, got)
+		}
+	}
+	if mustParse(t, "msg:publish:a.*").Covers(msg("publish", "a.b.c")) {
+		t.Error("a.* covers a.b.c")
+	}
 	rapid.Check(t, func(t *rapid.T) {
 		pattern := subject(">").Draw(t, "pattern")
 		p, err := Parse("msg:publish:" + strings.Join(pattern, "."))
 		if err != nil {
 			t.Fatal(err)
 		}
-		need := rapid.StringOfN(rapid.SampledFrom([]rune("abc..*> \x7f")), 0, 9, -1).Draw(t, "need")
+		need := rapid.OneOf(
+			rapid.Map(rapid.SliceOfN(rapid.SampledFrom([]string{"a", "b", "c", "ab", "", "*"}), 1, 4), func(s []string) string { return strings.Join(s, ".") }),
+			rapid.StringOfN(rapid.SampledFrom([]rune("abc..*> \x7f")), 0, 9, -1),
+		).Draw(t, "need")
 		tokens := strings.Split(need, ".")
 		want := !slices.Contains(tokens, "") && !strings.ContainsAny(need, "*> \x7f") && matches(pattern, tokens)
 		if got := p.Covers(msg("publish", need)); got != want {

@@ -65,7 +65,7 @@ func coversLiteral(pattern, subject string) bool {
 	for i := range len(pattern) {
 		switch c := pattern[i]; {
 		case c == '>':
-			return at < len(subject)
+			return true // what follows a dot of a literal subject is a token
 		case c == '*':
 			for at < len(subject) && subject[at] != '.' {
 				at++
